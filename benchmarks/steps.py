@@ -1,0 +1,240 @@
+"""Speed and memory of training, reading and writing, as ratios of two things timed alternately in one run.
+
+    python benchmarks/steps.py              # writes benchmarks/steps.csv
+
+Nothing is downloaded: students have the shape of the quick profile, the teacher that of SmolLM2-135M on a vocabulary of
+8 192, and text is random tokens. Every figure is the median over rounds; the two sides of a ratio take turns.
+"""
+
+import argparse
+import gc
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kdlib import corpus, models, runs
+from kdlib.cache import TargetCache, write_targets
+from kdlib.losses import DenseTargets, SparseTargets, linear_distillation_loss
+from kdlib.training import Collator
+
+VOCABULARY, LENGTH = 8192, 256
+
+
+def split(tokens: int, seed: int = 0) -> corpus.Split:
+    """Random documents of 300 to 1 500 tokens."""
+    rng = np.random.default_rng(seed)
+    offsets = np.r_[0, np.cumsum(rng.integers(300, 1500, tokens // 900 + 1))]
+    names = [f"random/{number}#00" for number in range(len(offsets) - 1)]
+    table = pd.DataFrame({"document": names, "source": [name[:-3] for name in names], "domain": "random"})
+    table["bytes"], table["tokens"] = np.diff(offsets) * 4, np.diff(offsets) - 1
+    return corpus.Split("train", table, rng.integers(1, VOCABULARY, offsets[-1]).astype(np.int32), offsets, 0)
+
+
+def llama(layers: int, hidden: int, heads: int, kv_heads: int, intermediate: int, vocabulary: int = VOCABULARY, seed: int = 0):
+    """A randomly initialised Llama with tied embeddings."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        intermediate_size=intermediate, max_position_embeddings=LENGTH, tie_word_embeddings=True, attn_implementation="eager",
+    )
+    return LlamaForCausalLM(config).to(DEVICE)
+
+
+def student(seed: int = 0):
+    """4 layers of width 128."""
+    return llama(4, 128, 4, 4, 352, seed=seed)
+
+
+def teacher():
+    """The shape of SmolLM2-135M on the pruned vocabulary."""
+    return llama(30, 576, 9, 3, 1536).eval().requires_grad_(False)
+
+
+def alternate(rounds: int, *sides) -> list[float]:
+    """Median seconds of each function, called in turns after two warm-up rounds."""
+    times: list[list[float]] = [[] for _ in sides]
+    for turn in range(rounds + 2):
+        for side, record in zip(sides, times, strict=True):
+            synchronise()
+            started = time.perf_counter()
+            side()
+            synchronise()
+            if turn >= 2:
+                record.append(time.perf_counter() - started)
+    return [statistics.median(record) for record in times]
+
+
+def synchronise() -> None:
+    """Wait for the GPU, if there is one."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+class Step:
+    """One optimisation step of a student, from hidden states (ours) or through dense float32 logits (a plain Trainer's)."""
+
+    def __init__(self, batch: dict, dense: bool = False, kd_weight: float = 0.0, teacher=None, compiled: bool = False):
+        self.model = student()
+        self.body = models.body(self.model)
+        self.body = torch.compile(self.body, dynamic=False) if compiled else self.body
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-3, fused=True)
+        self.batch, self.dense, self.kd_weight, self.teacher = batch, dense, kd_weight, teacher
+
+    def hidden(self, body):
+        """Last hidden states [tokens, width]."""
+        mask = models.attention_mask(self.batch["segments"], torch.float32)
+        with torch.autocast(DEVICE, dtype=AUTOCAST, enabled=AUTOCAST is not None):
+            return body(
+                input_ids=self.batch["input_ids"], position_ids=self.batch["position_ids"], attention_mask=mask,
+            ).last_hidden_state.flatten(0, 1)
+
+    def __call__(self):
+        labels = self.batch["labels"].flatten()
+        if self.dense:
+            with torch.autocast(DEVICE, dtype=AUTOCAST, enabled=AUTOCAST is not None):
+                logits = self.model(input_ids=self.batch["input_ids"], position_ids=self.batch["position_ids"]).logits
+            loss = F.cross_entropy(logits.float().flatten(0, 1), labels)
+        else:
+            targets = self.batch.get("targets")
+            if self.teacher is not None:
+                with torch.no_grad():
+                    targets = DenseTargets(self.hidden(models.body(self.teacher)), *models.head(self.teacher))
+            loss = linear_distillation_loss(
+                self.hidden(self.body), *models.head(self.model), labels, targets if self.kd_weight else None, self.kd_weight,
+                matmul_dtype=AUTOCAST,
+            ).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def batches(data: corpus.Split, rows: int, targets: TargetCache | None = None) -> dict:
+    """One batch of full rows, on the device."""
+    windows = data.windows(LENGTH)
+    index = corpus.pack(windows[windows[:, 1] == LENGTH][: rows], LENGTH)
+    batch = Collator(data, targets)(list(index))
+    return {name: value.to(torch.device(DEVICE)) for name, value in batch.items()}
+
+
+def student_step(data: corpus.Split, rounds: int) -> list[dict]:
+    """A student's step against a plain one."""
+    batch = batches(data, 16)
+    ours, eager, plain = Step(batch, compiled=True), Step(batch), Step(batch, dense=True)
+    a, b, c = alternate(rounds, ours, eager, plain)
+    tokens = int((batch["labels"] >= 0).sum())
+    return [
+        row("student step against a plain step with dense float32 logits, tokens/s", c / a, ">= 4", f"{tokens / a:,.0f} against {tokens / c:,.0f} tokens/s"),
+        row("the same without torch.compile, tokens/s", c / b, "", f"{tokens / b:,.0f} against {tokens / c:,.0f} tokens/s"),
+    ]
+
+
+def kd_step(data: corpus.Split, rounds: int) -> list[dict]:
+    """Cached targets against cross-entropy, and against the teacher in the loop."""
+    large = teacher()
+    with tempfile.TemporaryDirectory() as folder:
+        write_targets(Path(folder), large, data, {}, "sampled", 64, block_length=LENGTH, autocast=AUTOCAST)
+        cache = TargetCache(Path(folder), {}, 1.0)
+        batch = batches(data, 16, cache)
+        index = corpus.pack(data.windows(LENGTH), LENGTH)[:16]
+        ce, kd = Step(batch, compiled=True), Step(batch, kd_weight=0.9, compiled=True)
+        online = Step({**batch, "targets": None}, kd_weight=0.9, teacher=large, compiled=True)
+
+        def kd_with_reading():
+            batch["targets"] = cache.read(index).to(torch.device(DEVICE))
+            kd()
+
+        a, b, read = alternate(rounds, ce, kd_with_reading, lambda: cache.read(index))
+        (c,) = alternate(2, online)
+    return [
+        row("KD step with cached targets (reading included) against the CE step, time", b / a, "<= 1.25", f"{1e3 * b:.0f} against {1e3 * a:.0f} ms"),
+        row("training from cached targets against an online teacher, tokens/s", c / b, ">= 5", f"{c:.2f} against {b:.2f} s a step"),
+        row("reading targets, share of the KD step's time", read / b, "", f"{index.size / read:,.0f} tokens/s"),
+    ]
+
+
+def writing(data: corpus.Split, rounds: int) -> list[dict]:
+    """Writing targets against the teacher's forward pass with its output layer."""
+    large = teacher()
+    index = corpus.pack(data.windows(LENGTH), LENGTH)
+
+    def forward():
+        with torch.inference_mode():
+            for start in range(0, len(index), 8):
+                batch = {name: torch.from_numpy(value).to(DEVICE) for name, value in corpus.rows(data, index[start:start + 8]).items()}
+                mask = models.attention_mask(batch["segments"], torch.float32)
+                with torch.autocast(DEVICE, dtype=AUTOCAST, enabled=AUTOCAST is not None):
+                    large(input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=mask)
+
+    def write():
+        with tempfile.TemporaryDirectory() as folder:
+            write_targets(Path(folder), large, data, {}, "sampled", 64, block_length=LENGTH, autocast=AUTOCAST)
+
+    a, b = alternate(rounds, forward, write)
+    return [row("writing targets against the bare teacher forward, time", b / a, "<= 1.2", f"{len(data.tokens) / b:,.0f} against {len(data.tokens) / a:,.0f} tokens/s")]
+
+
+def loss_memory(tokens: int, vocabulary: int, width: int = 128) -> list[dict]:
+    """Peak memory that the loss allocates, forward and backward, against dense logits."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, width, generator=generator).to(DEVICE).requires_grad_()
+    weight = torch.randn(vocabulary, width, generator=generator).mul_(0.05).to(DEVICE).requires_grad_()
+    labels = torch.randint(vocabulary, (tokens,), generator=generator).to(DEVICE)
+    ids = torch.randint(vocabulary, (tokens, 32), generator=generator)
+    targets = SparseTargets(ids, torch.full((tokens, 32), 1 / 32), None, torch.zeros(tokens), 1.0).to(torch.device(DEVICE))
+
+    def ours():
+        linear_distillation_loss(hidden, weight, None, labels, targets, 0.9).loss.backward()
+
+    def dense():
+        F.cross_entropy((hidden @ weight.T).float(), labels).backward()
+
+    a, b = peak_memory(ours), peak_memory(dense)
+    return [row(f"loss's peak memory at {tokens:,} tokens x {vocabulary:,} ids, against dense", a / b, "<= 0.167", f"{a / 2**20:,.0f} against {b / 2**20:,.0f} MiB")]
+
+
+def peak_memory(function) -> int:
+    """Most bytes of tensors alive at once above what was there, from the allocator's own record."""
+    gc.collect()
+    if DEVICE == "cuda":
+        function()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    function()
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    alive = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    return peak
+
+
+def row(what: str, measured: float, target: str, detail: str) -> dict:
+    """One line of the results table."""
+    print(f"{what}: {measured:.3g} (target {target or 'none'}; {detail})", flush=True)
+    return {"what": what, "target": target, "measured": round(measured, 4), "unit": "ratio", "detail": detail, "device": runs.device()}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".csv"))
+    options = parser.parse_args()
+    DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+    AUTOCAST = models.precision("auto")
+    tokens = 40_000 if DEVICE == "cuda" else 6_000
+    found = student_step(split(20_000), options.rounds) + kd_step(split(tokens), options.rounds) + writing(split(tokens), 2)
+    found += loss_memory(4096, 8192) + loss_memory(8192, 49152)
+    pd.DataFrame(found).to_csv(options.output, index=False)

@@ -1,0 +1,159 @@
+"""Finished runs as tidy tables: what each method reached, and by how much one beats another.
+
+A *method* is what a reader compares ("KD student", "CE ensemble, probability pool"); its runs differ in their seeds alone. Means and differences
+come with bootstrap intervals over seeds × sources (``kdlib.statistics``), computed from the stored per-document sums.
+"""
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from kdlib import runs, statistics
+from kdlib.errors import KdlibError
+
+TEXTS = {"test": "test text", "ood": "out-of-domain text"}
+OBJECTIVES = {"ce": "CE", "kd": "KD", "online_kd": "online KD"}
+TEACHERS = {
+    "frozen": "teacher, frozen",
+    "lora": "teacher, LoRA-adapted",
+    "full": "teacher, fully fine-tuned",
+    "scratch": "teacher, from scratch",
+}
+BEST = "its best member"
+
+
+def models(profile: str) -> pd.DataFrame:
+    """The profile's teachers, students and ensembles: ``runs.table`` with the columns ``method``, ``objective`` and ``members``.
+
+    ``objective`` of an ensemble is its members'; it is ``untrained`` for models left as initialised.
+    """
+    table = runs.table(profile)
+    table = table[table.kind.isin(["teacher", "student", "ensemble"])].copy()
+    table["members"] = [run.metrics.get("members", []) for run in table.run]
+    table["objective"] = [_objective(row, table) for _, row in table.iterrows()]
+    table["method"] = [_method(row) for _, row in table.iterrows()]
+    return table
+
+
+def _objective(row: pd.Series, table: pd.DataFrame) -> str | float:
+    student = table.loc[row.members[0]] if row.members else row
+    return "untrained" if student.kind == "student" and student.epochs == 0 else student.get("objective", np.nan)
+
+
+def _method(row: pd.Series) -> str:
+    if row.kind == "teacher":
+        return TEACHERS[row.adaptation]
+    name = f"{OBJECTIVES.get(row.objective, row.objective)} {row.kind}"
+    return f"{name}, {row.pool} pool" if row.kind == "ensemble" and row.objective != "untrained" else name
+
+
+def runs_table(profile: str) -> pd.DataFrame:
+    """Everything that was run, a row per run and evaluation split: settings, tokens, FLOPs, time, memory and every metric.
+
+    Columns are prefixed by where they come from (``setting_``, ``training_``, ``cost_``, ``parameters_``, ``pool_``, ``targets_``); the evaluation
+    of the row's split has no prefix. A corpus or targets run has one row, with an empty split.
+    """
+    methods, rows = models(profile).method, []
+    for run_id, row in runs.table(profile).iterrows():
+        settings, metrics = row.run.settings["parameters"], row.run.metrics
+        common = {"run": run_id, "kind": row.kind, "label": row.label, "method": methods.get(run_id)}
+        common |= _prefixed("setting", settings) | _prefixed("training", metrics.get("training")) | _prefixed("cost", metrics["cost"])
+        common |= _prefixed("parameters", metrics.get("parameters"))
+        if row.kind == "targets":
+            common |= _prefixed("targets", {name: value for name, value in metrics.items() if not isinstance(value, dict)})
+        for split, values in metrics.get("evaluation", {None: {}}).items():
+            pool = _prefixed("pool", metrics.get("pool", {}).get(split))
+            rows.append({**common, "split": split, **values, "fitted_temperature": metrics.get("temperature"), **pool})
+    return pd.DataFrame(rows)
+
+
+def _prefixed(prefix: str, values: dict | None) -> dict:
+    flat = {name: json.dumps(value) if isinstance(value, dict | list) else value for name, value in (values or {}).items()}
+    return {f"{prefix}_{name}": value for name, value in flat.items()}
+
+
+def losses(chosen: Sequence[runs.Run], split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Summed NLL [runs, sources] in nats and tokens [sources] of runs that were evaluated on the same documents.
+
+    Raises:
+        KdlibError: their documents differ.
+    """
+    parts = [statistics.per_source(pd.read_parquet(run.path / "documents.parquet"), split) for run in chosen]
+    for run, part in zip(chosen, parts, strict=True):
+        if not part.tokens.equals(parts[0].tokens):
+            raise KdlibError(
+                f"Runs {chosen[0].id} and {run.id} were not evaluated on the same {split} documents, so their losses cannot be compared. "
+                "Both must come from one corpus: delete the older one and have it made again."
+            )
+    return np.stack([part.nll.to_numpy() for part in parts]), parts[0].tokens.to_numpy()
+
+
+def mean_losses(table: pd.DataFrame, resamples: int) -> pd.DataFrame:
+    """Test and out-of-domain metrics of every method, a row per method and split, averaged over its runs.
+
+    ``low`` and ``high`` bound the mean NLL (seeds × sources bootstrap; a single run is resampled over sources alone); ``seed_standard_error`` is
+    over runs, NaN for one. ``perplexity`` is exp of the mean NLL.
+    """
+    rows = []
+    for method, group in table.groupby("method", sort=False):
+        for split in TEXTS:
+            values = pd.DataFrame([run.metrics["evaluation"][split] for run in group.run])
+            nll, tokens = losses(list(group.run), split)
+            interval = statistics.seed_bootstrap(nll, np.zeros((1, len(tokens))), tokens, resamples)
+            error = statistics.mean_interval(nll.sum(axis=1) / tokens.sum()).standard_error
+            summary = {"nll": interval.difference, "low": interval.low, "high": interval.high, "seed_standard_error": error}
+            mean = values.drop(columns=["nll", "perplexity", "tokens", "bytes", "documents"]).mean()
+            row = {"method": method, "split": split, "runs": len(group), **summary, "perplexity": np.exp(interval.difference), **mean}
+            rows.append(row | {"tokens": tokens.sum(), "sources": len(tokens)})
+    return pd.DataFrame(rows)
+
+
+def best_member(ensemble: pd.Series, table: pd.DataFrame) -> runs.Run:
+    """The ensemble's member with the lowest NLL on the validation split (the test splits have no say in it)."""
+    members = [table.run[member] for member in ensemble.members]
+    return min(members, key=lambda run: run.metrics["evaluation"]["validation"]["nll"])
+
+
+def difference(a: Sequence[runs.Run], b: Sequence[runs.Run], split: str, resamples: int, paired: bool) -> tuple[statistics.Comparison, float]:
+    """Mean NLL of runs ``a`` minus that of runs ``b`` and its standard error over seeds.
+
+    Args:
+        paired: run i of ``a`` belongs to run i of ``b`` (an ensemble and its own member, two pools of the same members): the differences are
+            resampled. Otherwise the seeds of either side are drawn independently.
+    """
+    (nll_a, tokens), (nll_b, _) = losses(a, split), losses(b, split)
+    sides = [nll_a - nll_b, np.zeros((1, len(tokens)))] if paired else [nll_a, nll_b]
+    errors = [statistics.mean_interval(side.sum(axis=1) / tokens.sum()).standard_error for side in sides[:1 if paired else 2]]
+    return statistics.seed_bootstrap(*sides, tokens, resamples), float(np.sqrt(np.square(errors).sum()))
+
+
+def differences(pairs: Sequence[tuple[str, str, Sequence[runs.Run], Sequence[runs.Run], bool]], resamples: int) -> pd.DataFrame:
+    """One family of comparisons, a row per pair and split: difference A − B (nats/token), Holm-adjusted interval and p, verdict, sentence.
+
+    Args:
+        pairs: name of A, name of B, runs of A, runs of B, and whether they are paired run by run.
+    """
+    keys = [(one, split) for one in pairs for split in TEXTS]
+    measured = [difference(a, b, split, resamples, paired) for (_, _, a, b, paired), split in keys]
+    adjusted = statistics.holm_intervals([comparison for comparison, _ in measured])
+    rows = []
+    for ((better, than, a, _, _), split), comparison, (_, error) in zip(keys, adjusted, measured, strict=True):
+        claim = statistics.claim(comparison, error)
+        numbers = {name: getattr(comparison, name) for name in ("difference", "low", "high", "p_value", "level")}
+        row = {"a": better, "b": than, "split": split, "runs": len(a), **numbers, "seed_standard_error": error, "verdict": claim.verdict}
+        rows.append(row | {"sentence": sentence(row, claim.reason.rsplit(": ", 1)[1])})
+    return pd.DataFrame(rows)
+
+
+def sentence(row: dict, because: str) -> str:
+    """What a difference says, in words a reader can check against the row's own numbers."""
+    a, b = (name if name == BEST else f"the {name}" for name in (row["a"], row["b"]))
+    size = f"difference {row['difference']:+.3f} nats/token, interval {row['low']:+.3f} to {row['high']:+.3f}"
+    text = {
+        "yes": f"{a} beats {b} on {TEXTS[row['split']]} ({size}).",
+        "no": f"{a} does not beat {b} on {TEXTS[row['split']]} by an amount that matters ({size}).",
+        "undecided": f"whether {a} beats {b} on {TEXTS[row['split']]} is undecided: {because} ({size}).",
+    }[row["verdict"]]
+    return text[0].upper() + text[1:]

@@ -1,0 +1,185 @@
+"""An ensemble as one Hugging Face causal language model: load, save, generate and evaluate it as any other.
+
+Importing this module registers the ``kdlib_ensemble`` type with ``AutoConfig`` and ``AutoModelForCausalLM``.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from kdlib.ensemble.pooling import POOLS, log_probs
+from kdlib.errors import KdlibError
+
+
+class EnsembleConfig(PreTrainedConfig):
+    """``members``: the members' own configurations as dictionaries; ``pool``: "probability" or "logit".
+
+    ``calibration_temperature`` divides the pooled log-probabilities (1 leaves the pool bit for bit). It is not called
+    ``temperature``: that name is the sampling temperature of ``generate``, and transformers would apply it a second
+    time.
+    """
+
+    model_type = "kdlib_ensemble"
+
+    members: list[dict[str, Any]] | tuple = ()
+    pool: str = "probability"
+    calibration_temperature: float = 1.0
+    vocab_size: int = 0
+    max_position_embeddings: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+
+class EnsembleCache(Cache):
+    """The members' caches as one: its layers are theirs, so reordering, cropping and selecting reach all of them."""
+
+    def __init__(self, members: Sequence[Cache]):
+        super().__init__(layers=[layer for member in members for layer in member.layers])
+        self.members = tuple(members)
+
+
+class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
+    """K causal language models of any kind over one vocabulary; ``logits`` are the log of their pooled distribution."""
+
+    config_class = EnsembleConfig
+    # Every member checks the requested attention for itself; the ensemble has none of its own.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+
+    def __init__(self, config: EnsembleConfig):
+        attention = config._attn_implementation  # what was asked for, before the base class fills in its own default
+        super().__init__(config)
+        self.members = nn.ModuleList()
+        for member in config.members:
+            member_config = AutoConfig.for_model(**member)
+            member_config.dtype = torch.get_default_dtype()
+            self.members.append(AutoModelForCausalLM.from_config(member_config, attn_implementation=attention))
+        self.post_init()
+        # post_init collects tied weights from direct children only, and the members are the children of a list.
+        self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
+
+    @classmethod
+    def from_members(
+        cls,
+        members: Sequence[PreTrainedModel],
+        pool: str = "probability",
+        temperature: float = 1.0,
+        tokenizers: Sequence[Any] | None = None,
+    ) -> "EnsembleForCausalLM":
+        """An ensemble that holds these very models (not copies) and is, as they then are, in evaluation mode.
+
+        ``temperature``: calibration temperature of the pool. ``tokenizers``: the members' own (fast) tokenizers,
+        compared if given. Raises KdlibError for members that differ in vocabulary, special tokens, tokenizer or
+        precision.
+        """
+        members = list(members)
+        _refuse_unlike(members, tokenizers)
+        if pool not in POOLS:
+            raise KdlibError(f"The pool of an ensemble is one of {sorted(POOLS)}; found {pool!r}. Choose one of them.")
+        if not 0 < temperature < float("inf"):
+            raise KdlibError(f"A pool's temperature is a positive number; found {temperature}. 1 changes nothing.")
+        configs = [member.config.to_dict() for member in members]
+        lengths = [getattr(member.config, "max_position_embeddings", None) for member in members]
+        config = cls.config_class(
+            members=[{key: value for key, value in config.items() if key != "_name_or_path"} for config in configs],
+            pool=pool,
+            calibration_temperature=float(temperature),
+            max_position_embeddings=min(filter(None, lengths), default=None),
+            dtype=members[0].dtype,
+            **{name: configs[0].get(name) for name in VOCABULARY},
+        )
+        with torch.device("meta"):
+            ensemble = cls(config)
+        ensemble.members = nn.ModuleList(members)
+        ensemble.generation_config = copy.deepcopy(members[0].generation_config)
+        return ensemble.eval()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # generate would make one cache for one model; forward makes the members' own
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        past_key_values: EnsembleCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Pooled log-probabilities [batch, positions, V] in float32 as ``logits``; with ``labels`` also the mean
+        next-token cross-entropy in the Hugging Face convention (labels are shifted here, -100 is ignored; other
+        keywords go to that loss).
+        """
+        if past_key_values is None and use_cache:
+            past_key_values = EnsembleCache([DynamicCache(config=member.config) for member in self.members])
+        caches = past_key_values.members if past_key_values is not None else [None] * len(self.members)
+        pooled = POOLS[self.config.pool](
+            torch.stack(
+                [
+                    log_probs(
+                        member(
+                            input_ids=input_ids,
+                            attention_mask=attention_mask,
+                            position_ids=position_ids,
+                            past_key_values=cache,
+                            use_cache=cache is not None,
+                            logits_to_keep=logits_to_keep,
+                        ).logits
+                    )
+                    for member, cache in zip(self.members, caches, strict=True)
+                ]
+            )
+        )
+        if self.config.calibration_temperature != 1:
+            pooled = log_probs(pooled / self.config.calibration_temperature)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=pooled, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=pooled, past_key_values=past_key_values)
+
+
+VOCABULARY = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def _refuse_unlike(members: list[PreTrainedModel], tokenizers: Sequence[Any] | None) -> None:
+    """One vocabulary, one precision, and models that transformers can load again by their configuration."""
+    for number, member in enumerate(members):
+        if not isinstance(member, PreTrainedModel):
+            raise KdlibError(
+                f"Members of an ensemble must be transformers models; member {number} is a {type(member).__name__}. "
+                "Merge an adapter into its base first (merge_and_unload)."
+            )
+    if not members:
+        raise KdlibError("An ensemble needs at least one member; found none. Check that the member runs exist.")
+    traits = {name: [getattr(member.config, name, None) for member in members] for name in VOCABULARY}
+    traits["dtype"] = [member.dtype for member in members]
+    for name, values in traits.items():
+        if any(value != values[0] for value in values):
+            raise KdlibError(
+                "Members of an ensemble must share one vocabulary and precision, so that their distributions can "
+                f"be averaged token by token; their {name} differs: {values}. Use members trained with one "
+                "tokenizer."
+            )
+    if tokenizers is not None:
+        states = [tokenizer.backend_tokenizer.to_str() for tokenizer in tokenizers]
+        unlike = [number for number, state in enumerate(states) if state != states[0]]
+        if len(states) != len(members) or unlike:
+            raise KdlibError(
+                f"Members of an ensemble must share one tokenizer; given {len(states)} tokenizers for "
+                f"{len(members)} members, those of members {unlike} differ from the first. The same token id would "
+                "mean different text: use members trained with one tokenizer."
+            )
+
+
+AutoConfig.register(EnsembleConfig.model_type, EnsembleConfig, exist_ok=True)
+AutoModelForCausalLM.register(EnsembleConfig, EnsembleForCausalLM, exist_ok=True)

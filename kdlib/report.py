@@ -1,0 +1,236 @@
+"""How results are told: tidy CSV, and numbers and tables that are always looked up in one.
+
+A number in the paper or the README is never typed. An analysis registers it as a *lookup* (file, row, column, format) in
+``results/<profile>/numbers/<notebook>.json``; LaTeX and Markdown are generated from lookups and tables alone.
+"""
+
+import csv
+import json
+import re
+import string
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from kdlib import runs
+from kdlib.errors import KdlibError
+
+# What each analysis writes: results/<profile>/<table>.csv and figures/<profile>/<figure>.{pdf,png}, every figure over a CSV of its name.
+ANALYSES = {
+    "10_objectives": (["objectives", "objectives_seeds", "objectives_differences", "learning_curves"], ["objectives", "learning_curves"]),
+    "12_methods": (["methods", "methods_differences"], ["methods"]),
+    "15_calibration": (["calibration", "reliability"], ["reliability"]),
+    "17_cost": (["runs", "setup", "corpus", "vocabulary", "cost"], ["cost"]),
+}
+README_PROFILE = "laptop"
+
+
+def save_table(frame: pd.DataFrame, profile: str, stem: str) -> None:
+    """Write ``results/<profile>/<stem>.csv``: six significant digits, empty cells for what is unknown."""
+    path = runs.results(profile) / f"{stem}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
+
+
+class _Formatter(string.Formatter):
+    # Adds the format "si": three significant digits and a metric prefix, for counts that span many powers of ten.
+    def format_field(self, value, spec):
+        if spec != "si":
+            return super().format_field(value, spec)
+        power = min(5, max(0, int(np.floor(np.log10(abs(value)) / 3 + 1e-9)))) if value else 0
+        short = f"{value / 1000**power:#.3g}".rstrip(".")
+        return f"{short} {' kMGTP'[power]}".strip()
+
+
+def render(template: str, cells: dict[str, str]) -> str:
+    """A format string filled with the cells of a CSV row: numbers where they are numbers; "–" if one is empty."""
+    wanted = [name for _, name, _, _ in string.Formatter().parse(template) if name]
+    if any(cells[name] == "" for name in wanted):
+        return "–"
+    return _Formatter().vformat(template, (), {name: _value(cells[name]) for name in wanted})
+
+
+def _value(cell: str) -> float | int | str:
+    for kind in (int, float):
+        try:
+            return kind(cell)
+        except ValueError:
+            continue
+    return cell
+
+
+def rows(profile: str, stem: str, where: dict[str, str]) -> list[dict[str, str]]:
+    """The rows of a results CSV whose cells equal ``where``, as text.
+
+    Raises:
+        KdlibError: the file is not there, or lacks a column.
+    """
+    path = runs.results(profile) / f"{stem}.csv"
+    if not path.is_file():
+        raise KdlibError(f"{path} is missing. An analysis writes it; make it with: make paper PROFILE={Path(profile).stem}")
+    with open(path, newline="") as file:
+        found = list(csv.DictReader(file))
+    if unknown := set(where) - set(found[0] if found else where):
+        raise KdlibError(f"{path} has no column {', '.join(sorted(unknown))}; it has {', '.join(found[0])}.")
+    return [row for row in found if all(row[name] == str(value) for name, value in where.items())]
+
+
+def look_up(profile: str, lookup: dict) -> str:
+    """The text of a number: ``format`` applied to the one row of ``csv`` that matches ``where``.
+
+    Raises:
+        KdlibError: no row, or several, match.
+    """
+    found = rows(profile, lookup["csv"], lookup["where"])
+    if len(found) != 1:
+        raise KdlibError(f"A number needs one row of {lookup['csv']}.csv where {lookup['where']}; found {len(found)}.")
+    return render(lookup["format"], found[0])
+
+
+def save_numbers(profile: str, notebook: str, shown: dict[str, tuple[list[str], dict[str, str]]]) -> None:
+    """Register cells of saved tables as numbers of the paper, named ``<table>/<key>/…/<name>``.
+
+    Writes ``results/<profile>/numbers/<notebook>.json``.
+
+    Args:
+        shown: table: (columns that together name a row, {name of the number: format string over the row's columns}).
+    """
+    found = {}
+    for stem, (keys, formats) in shown.items():
+        for row in rows(profile, stem, {}):
+            where = {key: row[key] for key in keys}
+            for name, template in formats.items():
+                lookup = {"csv": stem, "where": where, "format": template}
+                found["/".join([stem, *where.values(), name])] = lookup | {"text": look_up(profile, lookup)}
+    path = runs.results(profile) / "numbers" / f"{notebook}.json"
+    path.parent.mkdir(exist_ok=True)
+    runs.write_json(path, found)
+
+
+def numbers(profile: str) -> dict[str, str]:
+    """Every registered number of the profile: name → text.
+
+    Raises:
+        KdlibError: an analysis has not been run.
+    """
+    found = {}
+    for notebook in ANALYSES:
+        path = runs.results(profile) / "numbers" / f"{notebook}.json"
+        if not path.is_file():
+            raise KdlibError(f"The analysis {notebook} of profile {profile!r} has not been run ({path} is missing). "
+                             f"Run it with: python -m kdlib.run notebooks/{notebook}.ipynb --profile {profile}")
+        found |= {name: lookup["text"] for name, lookup in runs.read_json(path).items()}
+    return found
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as the reader sees it: rows of a CSV, and for each heading a format string over the row's columns."""
+
+    csv: str
+    columns: dict[str, str]
+    where: dict[str, str] = field(default_factory=dict)
+
+    def body(self, profile: str) -> list[list[str]]:
+        """The cells, row by row."""
+        return [[render(template, row) for template in self.columns.values()] for row in rows(profile, self.csv, self.where)]
+
+
+_METHOD = {"Method": "{method}", "Runs": "{runs}"}
+_LOSS = {"NLL": "{nll:.3f}", "Interval": "[{low:.3f}, {high:.3f}]"}
+_QUALITY = {"Bits/byte": "{bits_per_byte:.3f}", "Accuracy": "{accuracy:.3f}", "ECE": "{ece:.3f}"}
+_SIZE = {"Parameters": "{parameters:si}", "Training FLOPs": "{flops:si}"}
+_DIFFERENCE = {"A": "{a}", "B": "{b}", "Text": "{split}", "A − B": "{difference:+.3f}", "Interval": "[{low:+.3f}, {high:+.3f}]",
+               "p": "{p_value:.3f}", "A is better": "{verdict}"}  # fmt: skip
+TABLES = {
+    "corpus": Table("corpus", {"Split": "{split}", "Domain": "{domain}", "Sources": "{sources:,}", "Documents": "{documents:,}",
+                               "Bytes": "{bytes:si}", "Tokens": "{tokens:si}", "Licence": "{licence}"}),
+    "vocabulary": Table("vocabulary", {"Teacher": "{teacher}", "Vocabulary": "{vocabulary:,}", "Bits/byte": "{bits_per_byte:.3f}"}),
+    "objectives": Table("objectives", _METHOD | {"Text": "{split}"} | _LOSS | {"Perplexity": "{perplexity:.1f}"} | _QUALITY),
+    "objectives_differences": Table("objectives_differences", _DIFFERENCE),
+    "methods": Table("methods", _METHOD | _LOSS | _QUALITY | {"Calibrated NLL": "{nll_calibrated:.3f}"} | _SIZE, {"split": "test"}),
+    "methods_ood": Table("methods", _METHOD | _LOSS | _QUALITY | {"Calibrated NLL": "{nll_calibrated:.3f}"}, {"split": "ood"}),
+    "methods_differences": Table("methods_differences", _DIFFERENCE),
+    "calibration": Table("calibration", {"Method": "{method}", "Text": "{split}", "Temperature": "{temperature:.3f}",
+                                         "ECE": "{ece:.3f} → {ece_calibrated:.3f}", "Full ECE": "{full_ece:.3f} → {full_ece_calibrated:.3f}",
+                                         "NLL": "{nll:.3f} → {nll_calibrated:.3f}"}),
+    "cost": Table("cost", {"What": "{what}", "Runs": "{runs}", "Tokens": "{tokens:si}", "Tokens/s": "{tokens_per_second:si}",
+                           "Seconds": "{seconds:.0f}", "Peak memory (B)": "{peak_memory_bytes:si}", "FLOPs": "{flops:si}",
+                           "Bytes/token": "{bytes_per_token:.1f}"}),
+}  # fmt: skip
+
+
+def latex(text: str) -> str:
+    """Plain text as LaTeX: special characters escaped, hyphens before digits as minus signs."""
+    text = re.sub(r"([&%$#_{}])", r"\\\1", text.replace("\\", r"\textbackslash "))
+    text = re.sub(r"(?<![\w.])[-−](?=\d)", "$-$", text)
+    for mark, command in {"→": r"$\to$", "−": "$-$", "–": "--", "≥": r"$\ge$", "≤": r"$\le$", "×": r"$\times$"}.items():
+        text = text.replace(mark, command)
+    return text
+
+
+def latex_macros(values: dict[str, str]) -> str:
+    r"""Definitions behind ``\result{name}``."""
+    return "".join(f"\\defineresult{{{name}}}{{{latex(text)}}}\n" for name, text in sorted(values.items()))
+
+
+def latex_table(table: Table, profile: str) -> str:
+    """A ``tabular`` with booktabs rules: first column to the left, numbers to the right."""
+    body = table.body(profile)
+    line = lambda cells: " & ".join(latex(cell) for cell in cells) + r" \\"  # noqa: E731
+    aligned = "".join("r" if _is_number([row[i] for row in body]) else "l" for i in range(len(table.columns)))
+    return "\n".join([rf"\begin{{tabular}}{{@{{}}{aligned}@{{}}}}", r"\toprule", line(table.columns), r"\midrule",
+                      *map(line, body), r"\bottomrule", r"\end{tabular}", ""])  # fmt: skip
+
+
+def _is_number(cells: Iterable[str]) -> bool:
+    return all(re.match(r"[\[+−–-]?\d|–$", cell) for cell in cells)
+
+
+def markdown_table(headings: Iterable[str], body: Iterable[Iterable[str]]) -> str:
+    """A GitHub table; numbers to the right."""
+    headings, body = list(headings), [list(row) for row in body]
+    rule = ["---:" if body and _is_number([row[i] for row in body]) else "---" for i in range(len(headings))]
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in [headings, rule, *body])
+
+
+def update_readme(profile: str = README_PROFILE) -> None:
+    """Redraw the generated parts of ``README.md``: results and figures of ``profile``, and the benchmark table."""
+    path = runs.home() / "README.md"
+    text = _replace(path.read_text(encoding="utf-8"), "results", _results(profile))
+    path.write_text(_replace(text, "benchmarks", _benchmarks(runs.home() / "benchmarks" / "results.csv")), encoding="utf-8")
+
+
+def _replace(text: str, name: str, generated: str) -> str:
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise KdlibError(f"README.md must hold {begin} and {end} once each; what lies between them is generated.")
+    return f"{text[: text.index(begin)]}{begin}\n{generated}\n{text[text.index(end):]}"
+
+
+def _results(profile: str) -> str:
+    if not (runs.results(profile) / "numbers").is_dir():
+        return f"The results of the `{profile}` profile have not been made yet: `make paper PROFILE={profile}` fills this part in."
+    found, table = numbers(profile), TABLES["methods"]
+    findings = [text for name, text in found.items() if name.endswith("/finding")]
+    pictures = [f"![{alt}](figures/{profile}/{stem}.png)" for stem, alt in README_FIGURES.items()]
+    about = f"Profile `{profile}`, {found['setup/runs/value']} runs on {found['setup/device/value']}; losses in nats per token of test text, each with its bootstrap interval."
+    return "\n\n".join([about, markdown_table(table.columns, table.body(profile)), *findings, *pictures])
+
+
+README_FIGURES = {
+    "methods": "Negative log-likelihood of every method on test and out-of-domain text, with intervals",
+    "objectives": "Students trained on text alone and with soft targets, seed by seed, and the differences with intervals",
+}
+
+
+def _benchmarks(path: Path) -> str:
+    if not path.is_file():
+        return "Not measured yet: `benchmarks/results.csv` is missing."
+    with open(path, newline="", encoding="utf-8") as file:
+        measured = list(csv.DictReader(file))
+    body = [[row["what"], row["target"], f"{row['measured']} {row['unit']}".strip(), row["device"]] for row in measured]
+    return markdown_table(["What", "Target", "Measured", "Device"], body)

@@ -1,0 +1,198 @@
+"""The run store: one folder per result, named by everything that determines it.
+
+``results/<profile>/runs/<kind>-<12 hex digits>/`` holds ``settings.json``, ``metrics.json``, ``provenance.json`` and whatever
+the producer writes. The id is a hash of the resolved settings, the ids of the inputs and the revisions of the code used:
+never of where or when the run was made. A run is written in ``results/<profile>/work/<id>`` and renamed when complete, so a
+folder under ``runs`` is always whole, and a killed producer finds its partial work again under the same id.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from kdlib.errors import KdlibError
+from kdlib.profiles import REPOSITORY
+
+PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "numpy", "pandas", "scipy")
+
+
+def home() -> Path:
+    """Where results, figures and the paper's generated parts go: ``$KDLIB_HOME``, else the repository."""
+    return Path(os.environ.get("KDLIB_HOME") or REPOSITORY).resolve()
+
+
+def results(profile: str) -> Path:
+    """The results folder of a profile (its name, also when the profile was given as a path)."""
+    return home() / "results" / Path(profile).stem
+
+
+def digest(value: Any) -> str:
+    """First 12 hex digits of the SHA-256 of a JSON-like value, independent of key order."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    path: Path
+
+    @property
+    def id(self) -> str:
+        """``<kind>-<12 hex digits>``."""
+        return self.path.name
+
+    @property
+    def kind(self) -> str:
+        """corpus, teacher, targets, student or ensemble."""
+        return self.id.rsplit("-", 1)[0]
+
+    @property
+    def settings(self) -> dict:
+        """Resolved settings, ids of the inputs and code revisions: what the id is a hash of."""
+        return read_json(self.path / "settings.json")
+
+    @property
+    def metrics(self) -> dict:
+        """What the producer measured."""
+        return read_json(self.path / "metrics.json")
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file of a run.
+
+    Raises:
+        KdlibError: the file is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise KdlibError(f"Run file {path} cannot be read ({error}). Delete the folder {path.parent} to have the run made again.") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all; NaN and infinity are refused."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    os.replace(temporary, path)
+
+
+def find(profile: str, run_id: str) -> Run | None:
+    """The finished run of that id, if there is one."""
+    path = results(profile) / "runs" / run_id
+    return Run(path) if (path / "metrics.json").is_file() else None
+
+
+def make(profile: str, run_id: str, settings: dict, produce: Callable[[Path], dict]) -> Run:
+    """The run ``run_id``, made by ``produce`` unless it exists.
+
+    Args:
+        settings: what ``run_id`` is a hash of; kept in the run.
+        produce: called with the working folder, which holds what an interrupted attempt left; returns the metrics.
+    """
+    if run := find(profile, run_id):
+        return run
+    work = results(profile) / "work" / run_id
+    work.mkdir(parents=True, exist_ok=True)
+    with _locked(work):
+        if run := find(profile, run_id):
+            return run
+        started = time.time()
+        metrics = produce(work)
+        write_json(work / "settings.json", settings)
+        write_json(work / "provenance.json", provenance(started))
+        write_json(work / "metrics.json", metrics)
+        (work / ".lock").unlink()
+        target = results(profile) / "runs" / run_id
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(work, target)
+    return Run(target)
+
+
+@contextmanager
+def _locked(work: Path):
+    # Two processes asked for one run: the second waits for nothing and says so, since both would write the same files.
+    import fcntl
+
+    with open(work / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise KdlibError(f"Another process is making {work.name} in {work}. Wait for it, or stop it and call again.") from None
+        yield
+
+
+def provenance(started: float) -> dict:
+    """Where, when and with what a run was made: for the reader, not for the id."""
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "kdlib", "notebooks", "profiles")),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "seconds": round(time.time() - started, 1),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "lock_sha256": hashlib.sha256((REPOSITORY / "requirements.lock").read_bytes()).hexdigest(),
+        "device": device(),
+    }
+
+
+def device() -> str:
+    """What computed, in words: the GPU's name, else the processor's with its cores."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _git(*arguments: str) -> str:
+    try:
+        return subprocess.run(["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def table(profile: str) -> pd.DataFrame:
+    """Every run of the profile's plan, a row each: id, kind, label and settings; index is the id.
+
+    Reads ``results/<profile>/plan.json``, so committed results are found whatever the code has become since.
+
+    Raises:
+        KdlibError: the profile was never run here, or planned runs are missing (they are named).
+    """
+    plan = results(profile) / "plan.json"
+    if not plan.is_file():
+        raise KdlibError(f"No results of profile {profile!r} in {plan.parent}. Make them with: make paper PROFILE={profile}")
+    rows, missing = [], []
+    for entry in json.loads(plan.read_text())["runs"]:
+        run = find(profile, entry["id"])
+        if run is None:
+            missing.append(f"{entry['label']} ({entry['id']})")
+        else:
+            rows.append({"id": run.id, "kind": run.kind, "label": entry["label"], **run.settings["parameters"], "run": run})
+    if missing:
+        raise KdlibError(
+            f"Profile {profile!r} lacks {len(missing)} of {len(missing) + len(rows)} planned runs: {', '.join(missing[:8])}"
+            f"{' …' if len(missing) > 8 else ''}. Finish it with: make paper PROFILE={profile}"
+        )
+    return pd.DataFrame(rows).set_index("id", drop=False)

@@ -1,0 +1,362 @@
+"""One trainer for every model: students from text, from cached targets or from a teacher in the loop, and teachers too.
+
+A transformers ``Trainer`` that computes its loss from hidden states (:mod:`kdlib.losses.fused`), so logits never exist for
+more than a chunk of tokens, and that resumes a killed run to the same weights bit for bit.
+"""
+
+import csv
+import json
+import math
+import os
+import re
+import shutil
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils.notebook import NotebookProgressCallback
+
+from kdlib import corpus, models
+from kdlib.cache import TargetCache
+from kdlib.errors import KdlibError
+from kdlib.losses import DenseTargets, linear_distillation_loss
+from kdlib.profiles import TrainingParameters
+from kdlib.progress import bar
+
+LOG_COLUMNS = (
+    "step", "epoch", "loss", "ce", "kd", "learning_rate", "tokens", "seconds", "memory_bytes",
+    "validation_nll", "validation_seconds", "validation_memory_bytes",
+)
+CHECKPOINTS = 8  # a run is saved, and its validation loss measured, this many times
+
+
+class Rows(torch.utils.data.Dataset):
+    """Packed rows of a split by number; an item is a row of flat positions, −1 at padding."""
+
+    def __init__(self, index: np.ndarray):
+        self.index = index
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        return self.index[number]
+
+
+class Collator:
+    """Rows of flat positions -> the model's inputs, the labels, and the cached targets of the same positions."""
+
+    def __init__(self, split: corpus.Split, targets: TargetCache | None = None):
+        self.split, self.targets = split, targets
+
+    def __call__(self, rows: list[np.ndarray]) -> dict:
+        index = np.stack(rows)
+        batch = {name: torch.from_numpy(values) for name, values in corpus.rows(self.split, index).items()}
+        if self.targets is not None:
+            # Padding and targets agree row for row because both are read at the same flat positions.
+            batch["targets"] = self.targets.read(index)
+        return batch
+
+
+class DistillationTrainer(Trainer):
+    """Trains ``model`` on packed rows with w * tau^2 * KL + (1 - w) * CE.
+
+    Args:
+        model: causal LM, possibly wrapped by peft.
+        settings: schedule, batch size, precision, seed.
+        split, index: train split and its packed rows [rows, block_length].
+        folder: for checkpoints and the per-step log; a run interrupted there is taken up again.
+        targets: cached teacher targets (objective kd), or None.
+        teacher: model in the loop (objective online_kd), or None. It is never trained and runs without dropout.
+        kd_weight, temperature: of the loss; 0 without targets or teacher.
+        multipliers: regular expression on parameter names -> learning-rate multiplier; the first match wins, 0 freezes.
+        validation, validation_index: measured a few times along the way.
+
+    Raises:
+        KdlibError: nothing to train on, a multiplier that matches no parameter, or (while training) a non-finite loss.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: TrainingParameters,
+        split: corpus.Split,
+        index: np.ndarray,
+        folder: Path,
+        targets: TargetCache | None = None,
+        teacher: nn.Module | None = None,
+        kd_weight: float = 0.0,
+        temperature: float = 1.0,
+        multipliers: dict[str, float] | None = None,
+        validation: corpus.Split | None = None,
+        validation_index: np.ndarray | None = None,
+    ):
+        if not len(index):
+            raise KdlibError(f"The split {split.name!r} has no rows to train on; raise train_tokens or lower block_length.")
+        self.kd_weight, self.temperature, self.teacher = kd_weight, temperature, teacher
+        self.multipliers = multipliers or {}
+        self.autocast = models.precision(settings.precision)
+        self.validation = (validation, validation_index)
+        self.log_path = folder / "log.csv"
+        self.steps = steps(settings, len(index))
+        self._settings = settings
+        every = max(1, math.ceil(self.steps / CHECKPOINTS))
+        arguments = TrainingArguments(
+            output_dir=str(folder / "checkpoints"),
+            max_steps=self.steps,
+            per_device_train_batch_size=min(settings.batch_size, len(index)),
+            gradient_accumulation_steps=settings.gradient_accumulation,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=round(settings.warmup * self.steps),
+            weight_decay=settings.weight_decay,
+            seed=settings.seed,
+            data_seed=settings.seed,
+            dataloader_drop_last=True,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            eval_strategy="steps" if validation is not None else "no",
+            eval_steps=every,
+            save_steps=every,
+            # Two, because a process killed while it saves leaves the newest one unusable.
+            save_total_limit=2,
+            remove_unused_columns=False,
+            report_to="none",
+        )
+        super().__init__(
+            model, arguments, data_collator=Collator(split, targets), train_dataset=Rows(index),
+            eval_dataset=None if validation is None else Rows(validation_index),
+        )
+        # Labels are already those of the next token, and the loss divides by the tokens of the whole step itself.
+        self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, False
+        for callback in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
+            self.remove_callback(callback)
+        self.add_callback(_Progress())
+        self._body = models.body(model)
+        if settings.compile and _can_compile(self.args.device):
+            self._body = torch.compile(self._body, dynamic=False)
+        if teacher is not None:
+            teacher.to(self.args.device).eval().requires_grad_(False)
+        self._parts = {"ce": 0.0, "kd": 0.0, "tokens": 0}
+        self._tokens, self._seconds, self._resumed_at = 0, 0.0, time.perf_counter()
+
+    def fit(self) -> dict:
+        """Train to the end, from the newest whole checkpoint if there is one.
+
+        Returns:
+            tokens, steps, seconds, tokens_per_second, flops, peak_memory_bytes, final_loss.
+        """
+        checkpoint = newest_checkpoint(Path(self.args.output_dir))
+        self._restore_log(checkpoint)
+        self._resumed_at = time.perf_counter()
+        if self.steps:
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        rows = read_log(self.log_path)
+        losses = [float(row["loss"]) for row in rows if row["loss"]]
+        context = len(self.train_dataset[0]) if len(self.train_dataset) else 0
+        return {
+            "tokens": self._tokens,
+            "steps": self.steps,
+            "seconds": self._elapsed(),
+            "tokens_per_second": self._tokens / self._elapsed() if self._tokens else None,
+            "flops": 3 * models.flops_per_token(self.model, context) * self._tokens,
+            "peak_memory_bytes": max((int(row["memory_bytes"]) for row in rows if row["memory_bytes"]), default=memory_bytes()),
+            "final_loss": float(np.mean(losses[-20:])) if losses else None,
+        }
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Loss of one micro-batch, divided by the tokens of the whole optimisation step."""
+        hidden = self._hidden(self._body, inputs)
+        weight, bias = models.head(self.model)
+        targets = inputs.get("targets")
+        if self.teacher is not None and self.kd_weight > 0:
+            with torch.no_grad():
+                teacher_hidden = self._hidden(models.body(self.teacher), inputs).flatten(0, 1)
+            teacher_weight, teacher_bias = models.head(self.teacher)
+            dtype = self.autocast or teacher_hidden.dtype
+            targets = DenseTargets(teacher_hidden.to(dtype), teacher_weight.to(dtype), None if teacher_bias is None else teacher_bias.to(dtype))
+        parts = linear_distillation_loss(
+            hidden.flatten(0, 1), weight, bias, inputs["labels"].flatten(), targets if targets is None else targets.to(hidden.device),
+            self.kd_weight, self.temperature, num_items_in_batch, self.autocast,
+        )
+        if not torch.isfinite(parts.loss):
+            kept = newest_checkpoint(Path(self.args.output_dir))
+            raise KdlibError(
+                f"The loss became {parts.loss.item()} at step {self.state.global_step + 1} of {self.steps}. Training stopped; the last good "
+                f"checkpoint is {kept or 'none yet'}. A lower learning_rate or a longer warmup usually helps; with precision=bfloat16, try float32."
+            )
+        if model.training:
+            self._parts["ce"] += 0.0 if parts.ce is None else parts.ce.item()
+            self._parts["kd"] += 0.0 if parts.kd is None else parts.kd.item()
+            self._parts["tokens"] += parts.tokens
+        # Gradients are averaged over processes, while the normaliser already counts all their tokens.
+        loss = parts.loss * self.accelerator.num_processes if num_items_in_batch is not None else parts.loss
+        return (loss, parts) if return_outputs else loss
+
+    def _hidden(self, body, inputs):
+        dtype = next(self.model.parameters()).dtype
+        mask = models.attention_mask(inputs["segments"], dtype)
+        device = inputs["input_ids"].device.type
+        with torch.autocast(device, dtype=self.autocast) if self.autocast else nullcontext():
+            return body(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], attention_mask=mask).last_hidden_state
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Mean negative log-likelihood of the validation rows, logged as ``validation_nll`` (nats a token)."""
+        split, index = self.validation
+        collate, total, tokens = Collator(split), 0.0, 0
+        started = time.perf_counter()
+        training = self.model.training
+        self.model.eval()
+        weight, bias = models.head(self.model)
+        with torch.no_grad():
+            for start in range(0, len(index), self.args.per_device_train_batch_size):
+                batch = self._prepare_inputs(collate(list(index[start:start + self.args.per_device_train_batch_size])))
+                hidden = self._hidden(models.body(self.model), batch).flatten(0, 1)
+                parts = linear_distillation_loss(hidden, weight, bias, batch["labels"].flatten(), matmul_dtype=self.autocast)
+                total, tokens = total + parts.ce.item(), tokens + parts.tokens
+        self.model.train(training)
+        metrics = {f"{metric_key_prefix}_loss": total / tokens}
+        self._write_row({
+            "validation_nll": total / tokens, "validation_seconds": time.perf_counter() - started, "validation_memory_bytes": memory_bytes(),
+        })
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def create_optimizer(self, model=None):
+        """AdamW (Loshchilov & Hutter 2019) with learning-rate multipliers; vectors (norms, biases) are not decayed."""
+        if self.optimizer is None:
+            groups = parameter_groups(self.model, self.multipliers, self.args.learning_rate, self.args.weight_decay)
+            self.optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate, betas=(0.9, 0.95), fused=True)
+        return self.optimizer
+
+    def log(self, logs: dict, start_time=None) -> None:
+        """Write one row of the per-step log."""
+        if "loss" not in logs:
+            return
+        parts, self._parts = self._parts, {"ce": 0.0, "kd": 0.0, "tokens": 0}
+        self._tokens += parts["tokens"]
+        per_token = max(1, parts["tokens"])
+        loss = self.kd_weight * parts["kd"] / per_token + (1 - self.kd_weight) * parts["ce"] / per_token
+        self.state.log_history.append({"step": self.state.global_step, "loss": loss})
+        self._write_row({
+            "loss": loss,
+            "ce": parts["ce"] / per_token if self.kd_weight < 1 else "",
+            "kd": parts["kd"] / per_token if self.kd_weight > 0 else "",
+            "learning_rate": logs["learning_rate"],
+            "memory_bytes": memory_bytes(),
+        })
+
+    def _elapsed(self) -> float:
+        return self._seconds + time.perf_counter() - self._resumed_at
+
+    def _write_row(self, values: dict) -> None:
+        fresh = not self.log_path.is_file()
+        shared = {"step": self.state.global_step, "epoch": self.state.epoch, "tokens": self._tokens, "seconds": round(self._elapsed(), 3)}
+        with open(self.log_path, "a", newline="") as file:
+            writer = csv.DictWriter(file, LOG_COLUMNS, restval="")
+            if fresh:
+                writer.writeheader()
+            writer.writerow(shared | {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in values.items()})
+
+    def _restore_log(self, checkpoint: Path | None) -> None:
+        """Drop what was logged after the checkpoint, and count on from there."""
+        done = 0 if checkpoint is None else json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+        rows = [row for row in read_log(self.log_path) if int(row["step"]) <= done]
+        self.log_path.unlink(missing_ok=True)
+        if rows:
+            self._tokens, self._seconds = int(rows[-1]["tokens"]), float(rows[-1]["seconds"])
+            with open(self.log_path, "w", newline="") as file:
+                writer = csv.DictWriter(file, LOG_COLUMNS)
+                writer.writeheader()
+                writer.writerows(rows)
+
+
+class _Progress(TrainerCallback):
+    """The shared progress bar, with the running loss."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = bar(None, "training", total=state.max_steps, initial=state.global_step, unit="step")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.log_history:
+            self.bar.set_postfix_str(f"loss {state.log_history[-1].get('loss', math.nan):.3f}", refresh=False)
+        self.bar.update(1)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+def steps(settings: TrainingParameters, rows: int) -> int:
+    """Optimisation steps of a run: whole batches of each epoch, times epochs, rounded to at least one unless epochs is 0."""
+    batches = max(1, rows // settings.batch_size)
+    total = settings.epochs * batches / settings.gradient_accumulation
+    return 0 if settings.epochs == 0 else max(1, round(total))
+
+
+def parameter_groups(model: nn.Module, multipliers: dict[str, float], learning_rate: float, weight_decay: float) -> list[dict]:
+    """Optimiser groups by learning-rate multiplier and decay.
+
+    A parameter takes the multiplier of the first regular expression found in its name (``re.search``), else 1; 0 freezes it.
+
+    Raises:
+        KdlibError: an expression is malformed or matches no parameter, or everything is frozen.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    unused = set(multipliers)
+    for name, parameter in model.named_parameters():
+        try:
+            matched = next((pattern for pattern in multipliers if re.search(pattern, name)), None)
+        except re.error as error:
+            raise KdlibError(f"learning_rate_multipliers holds a malformed regular expression: {error}") from error
+        unused.discard(matched)
+        multiplier = 1.0 if matched is None else multipliers[matched]
+        if multiplier == 0:
+            parameter.requires_grad_(False)
+        if parameter.requires_grad:
+            groups.setdefault((multiplier, weight_decay if parameter.ndim >= 2 else 0.0), []).append(parameter)
+    if unused or not groups:
+        names = ", ".join(name for name, _ in list(model.named_parameters())[:6])
+        problem = f"match no parameter: {sorted(unused)}" if unused else "freeze every parameter"
+        raise KdlibError(f"learning_rate_multipliers {problem}. Parameter names look like: {names} …")
+    return [{"params": group, "lr": learning_rate * multiplier, "weight_decay": decay} for (multiplier, decay), group in groups.items()]
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was saved whole; unfinished ones are removed."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    for path in found:
+        try:
+            # The Trainer writes this file last.
+            json.loads((path / "trainer_state.json").read_text())
+            return path
+        except (OSError, json.JSONDecodeError):
+            shutil.rmtree(path)
+    return None
+
+
+def read_log(path: Path) -> list[dict[str, str]]:
+    """Whole rows of a per-step log; a last line cut short by a kill is left out."""
+    if not path.is_file():
+        return []
+    with open(path, newline="") as file:
+        return [row for row in csv.DictReader(file) if None not in row.values()]
+
+
+def memory_bytes() -> int:
+    """Memory in use now: allocated on the GPU if there is one, else the process's resident set."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+
+
+def _can_compile(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return True
+    found = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    if not found:
+        print("kdlib: no C++ compiler found, so torch.compile is skipped; results are the same, training is slower.")
+    return found is not None

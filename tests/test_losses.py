@@ -1,0 +1,669 @@
+"""The losses against their formulas, known limits, brute force and TRL: values and gradients alike."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kdlib.errors import KdlibError
+from kdlib.losses import DenseTargets, SparseTargets, linear_distillation_loss
+from kdlib.losses.reference import cross_entropy, distillation_loss, forward_kl, sparse_kl
+
+TOKENS, VOCABULARY, WIDTH = 11, 13, 5
+MASKED = [2, 7]
+KINDS = ["sampled", "top-k with tail", "dense"]
+# Half the last place of bfloat16's 8-bit significand.
+BF16_ROUNDING = 2.0**-9
+
+
+def normal(*shape, seed, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def problem(dtype=torch.float64):
+    """Student [hidden, weight, bias], labels with two masked, and a dense teacher of another width."""
+    student = [normal(TOKENS, WIDTH, seed=0), normal(VOCABULARY, WIDTH, seed=1), normal(VOCABULARY, seed=2)]
+    labels = torch.arange(TOKENS) * 5 % VOCABULARY
+    labels[MASKED] = -100
+    teacher = [normal(TOKENS, 7, seed=3), normal(VOCABULARY, 7, seed=4), normal(VOCABULARY, seed=5)]
+    return (
+        [x.to(dtype).requires_grad_() for x in student],
+        labels,
+        DenseTargets(*(x.to(dtype) for x in teacher)),
+    )
+
+
+def logits_of(output_layer):
+    hidden, weight, bias = output_layer
+    return hidden @ weight.T + bias
+
+
+def teacher_logits(teacher):
+    return logits_of((teacher.hidden, teacher.weight, teacher.bias))
+
+
+def probabilities(logits, temperature=1.0):
+    e = (logits / temperature).exp()
+    return e / e.sum(-1, keepdim=True)
+
+
+def top_k(t, k, temperature=1.0, tail=True):
+    """The k largest of t as targets; without ``tail`` they are renormalised."""
+    weights, ids = t.topk(k)
+    rest = t.scatter(1, ids, 0).sum(1)
+    if not tail:
+        weights = weights / weights.sum(1, keepdim=True)
+        rest = torch.zeros_like(rest)
+    entropy = -torch.xlogy(weights, weights).sum(1) - torch.xlogy(rest, rest)
+    return SparseTargets(ids, weights, rest if tail else None, entropy, temperature)
+
+
+def padded(targets):
+    """The same targets with two columns of padding that repeat listed ids with weight 0."""
+    ids = torch.cat([targets.ids, targets.ids[:, :1], targets.ids[:, 1:2]], 1)
+    return SparseTargets(ids, F.pad(targets.weights, (0, 2)), targets.tail, targets.entropy, targets.temperature)
+
+
+def targets_of(kind, teacher, temperature):
+    t = probabilities(teacher_logits(teacher), temperature)
+    if kind == "dense":
+        return teacher
+    if kind == "top-k with tail":
+        return padded(top_k(t, 4, temperature))
+    ids = (torch.arange(len(t))[:, None] + torch.arange(5) * 3) % VOCABULARY
+    # Importance weights are not renormalised: their sum is not 1.
+    weights = normal(len(t), 5, seed=6).abs().to(t.dtype) / 5
+    return padded(SparseTargets(ids, weights, None, -torch.xlogy(t, t).sum(1), temperature))
+
+
+def kl_by_hand(kind, logits, targets, temperature):
+    """tau^2 * KL per token, each outcome spelled out."""
+    s = probabilities(logits, temperature)
+    if kind == "dense":
+        t = probabilities(teacher_logits(targets), temperature)
+        return temperature**2 * (t * (t / s).log()).sum(1)
+    values = []
+    for row in range(len(s)):
+        outcomes = [(w, s[row, i]) for i, w in zip(targets.ids[row], targets.weights[row], strict=True) if w > 0]
+        if targets.tail is not None:
+            listed = {int(i) for i, w in zip(targets.ids[row], targets.weights[row], strict=True) if w > 0}
+            others = [i for i in range(s.shape[1]) if i not in listed]
+            if targets.tail[row] > 0:
+                outcomes.append((targets.tail[row], s[row, others].sum()))
+        values.append(-sum(w * p.log() for w, p in outcomes) - targets.entropy[row])
+    return temperature**2 * torch.stack(values)
+
+
+def loss_by_hand(kind, student, targets, labels, kd_weight, temperature):
+    """Sums over unmasked tokens: (total, CE, KD)."""
+    logits = logits_of(student)
+    valid = [i for i, label in enumerate(labels.tolist()) if label != -100]
+    ce = -sum(probabilities(logits)[i, labels[i]].log() for i in valid)
+    kd = kl_by_hand(kind, logits, targets, temperature)[valid].sum() if kd_weight else 0.0
+    return kd_weight * kd + (1 - kd_weight) * ce, ce, kd
+
+
+def fused(student, labels, *arguments, **options):
+    """Loss parts and the gradients of hidden, weight and bias."""
+    parts = linear_distillation_loss(*student, labels, *arguments, **options)
+    return parts, torch.autograd.grad(parts.loss, student)
+
+
+def assert_close(actual, expected, tolerance=1e-11):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def relative_error(actual, expected):
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).norm() / expected.norm())
+
+
+# The formulas
+
+
+@pytest.mark.parametrize(
+    ("kind", "temperature", "kd_weight"),
+    [("none", 1.0, 0.0), *product(KINDS, [1.0, 2.0], [0.0, 0.3, 1.0])],
+)
+def test_fused_and_reference_equal_the_formula_in_value_and_gradient(kind, temperature, kd_weight):
+    student, labels, teacher = problem()
+    targets = None if kind == "none" else targets_of(kind, teacher, temperature)
+    total, ce, kd = loss_by_hand(kind, student, targets, labels, kd_weight, temperature)
+    tokens = TOKENS - len(MASKED)
+    gradients = torch.autograd.grad(total / tokens, student)
+
+    dense = teacher_logits(teacher) if targets is teacher else targets
+    reference = (
+        cross_entropy(logits_of(student), labels)
+        if targets is None
+        else distillation_loss(logits_of(student), dense, labels, kd_weight, temperature)
+    )
+    assert_close(reference, total / tokens)
+    assert_close(torch.autograd.grad(reference, student), gradients)
+
+    for chunk in (1, 4, tokens, 100, None):
+        parts, found = fused(student, labels, targets, kd_weight, temperature, chunk_tokens=chunk)
+        assert_close(parts.loss, total / tokens)
+        assert_close(found, gradients)
+        assert parts.tokens == tokens
+        if kd_weight < 1:
+            assert_close(parts.ce, ce)
+        if kd_weight > 0:
+            assert_close(parts.kd, kd)
+
+
+@pytest.mark.parametrize(("kind", "temperature"), [*product(KINDS, [1.0, 2.0])])
+def test_fused_gradients_pass_gradcheck(kind, temperature):
+    student, labels, teacher = problem()
+    targets = targets_of(kind, teacher, temperature)
+
+    def loss(*student):
+        return linear_distillation_loss(*student, labels, targets, 0.3, temperature, chunk_tokens=4).loss
+
+    assert torch.autograd.gradcheck(loss, student, fast_mode=True)
+
+
+@pytest.mark.parametrize(("kind", "temperature"), [*product(KINDS, [1.0, 2.0])])
+def test_float32_stays_within_1e_5_of_float64(kind, temperature):
+    student, labels, teacher = problem()
+    expected, gradients = fused(student, labels, targets_of(kind, teacher, temperature), 0.3, temperature)
+    student, labels, teacher = problem(torch.float32)
+    parts, found = fused(student, labels, targets_of(kind, teacher, temperature), 0.3, temperature, chunk_tokens=4)
+    assert parts.loss.dtype == torch.float32
+    assert_close(parts.loss.double(), expected.loss, 1e-5)
+    assert_close([g.double() for g in found], list(gradients), 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_products_cost_no_more_than_bf16_rounding(kind):
+    student, labels, teacher = problem(torch.float32)
+    # Operands that bf16 holds exactly leave three roundings: of the logits, of their gradient and of the products.
+    student = [x.detach().bfloat16().float().requires_grad_() for x in student]
+    targets = targets_of(kind, teacher, 1.0)
+    _, expected = fused(student, labels, targets, 0.3)
+    parts, found = fused(student, labels, targets, 0.3, matmul_dtype=torch.bfloat16, chunk_tokens=4)
+    assert parts.loss.dtype == torch.float32
+    largest = float(logits_of(student).detach().abs().max())
+    for a, e in zip(found, expected, strict=True):
+        assert a.dtype == torch.float32
+        assert 0 < relative_error(a, e) < (largest + 2) * BF16_ROUNDING
+
+
+# Identities and limits
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(temperature):
+    student, labels, _ = problem()
+    itself = DenseTargets(*(x.detach() for x in student))
+    t = probabilities(teacher_logits(itself), temperature)
+    logits = logits_of(student)
+    assert_close(forward_kl(logits, logits.detach(), temperature), torch.zeros(TOKENS, dtype=torch.float64))
+    for targets in (itself, top_k(t, 4, temperature), top_k(t, VOCABULARY, temperature)):
+        parts, gradients = fused(student, labels, targets, 1.0, temperature)
+        assert_close(parts.loss, torch.zeros_like(parts.loss))
+        assert_close(gradients, tuple(torch.zeros_like(g) for g in gradients))
+
+
+def test_kd_weight_0_is_cross_entropy_bit_for_bit_whatever_the_teacher_holds():
+    student, labels, teacher = problem(torch.float32)
+    logits = logits_of(student)
+    nonsense = torch.full_like(logits, torch.nan)
+    plain = F.cross_entropy(logits, labels)
+    assert torch.equal(distillation_loss(logits, nonsense, labels, 0.0), plain)
+    expected, gradients = fused(student, labels)
+    broken = DenseTargets(teacher.hidden * torch.nan, teacher.weight)
+    for targets in (teacher, broken, targets_of("top-k with tail", teacher, 1.0)):
+        parts, found = fused(student, labels, targets, 0.0, 2.0)
+        assert torch.equal(parts.loss, expected.loss)
+        assert all(torch.equal(a, e) for a, e in zip(found, gradients, strict=True))
+    assert_close(expected.loss, plain, 1e-6)
+    assert_close(gradients, torch.autograd.grad(plain, student), 1e-6)
+
+
+def test_high_temperature_tends_to_half_the_mean_square_of_the_centred_logit_difference():
+    student, labels, teacher = problem()
+    difference = logits_of(student) - teacher_logits(teacher)
+    centred = difference - difference.mean(1, keepdim=True)
+    limit = (centred**2).sum(1) / (2 * VOCABULARY)
+    valid = labels != -100
+    gradients = torch.autograd.grad(limit[valid].mean(), student)
+    torch.testing.assert_close(forward_kl(logits_of(student), teacher_logits(teacher), 1e5), limit, rtol=1e-3, atol=0)
+    parts, found = fused(student, labels, teacher, 1.0, 1e5)
+    torch.testing.assert_close(parts.loss, limit[valid].mean(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(found, gradients, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adding_a_constant_to_student_or_teacher_logits_changes_nothing(kind):
+    student, labels, teacher = problem()
+    expected, gradients = fused(student, labels, targets_of(kind, teacher, 2.0), 0.3, 2.0)
+    hidden, weight, bias = student
+    shifted = DenseTargets(teacher.hidden, teacher.weight, teacher.bias - 50)
+    parts = linear_distillation_loss(hidden, weight, bias + 80, labels, targets_of(kind, shifted, 2.0), 0.3, 2.0)
+    assert_close(parts.loss, expected.loss)
+    assert_close(torch.autograd.grad(parts.loss, student), gradients)
+    # In the definitions the constant may differ from token to token.
+    constant = normal(TOKENS, 1, seed=9) * 20
+    logits, z = logits_of(student), teacher_logits(teacher)
+    assert_close(forward_kl(logits + constant, z - constant, 2.0), forward_kl(logits, z, 2.0))
+
+
+# Masks and means
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masked_positions_have_exactly_zero_gradient_even_where_they_hold_nan(kind):
+    student, labels, teacher = problem()
+    targets = targets_of(kind, teacher, 1.0)
+    reference = distillation_loss(
+        logits_of(student), teacher_logits(teacher) if targets is teacher else targets, labels, 0.3
+    )
+    assert torch.equal(torch.autograd.grad(reference, student)[0][MASKED], torch.zeros(2, WIDTH, dtype=torch.float64))
+    expected, gradients = fused(student, labels, targets, 0.3)
+    assert torch.equal(gradients[0][MASKED], torch.zeros(2, WIDTH, dtype=torch.float64))
+    with torch.no_grad():
+        student[0][MASKED] = torch.nan
+    parts, found = fused(student, labels, targets, 0.3)
+    assert torch.equal(parts.loss, expected.loss)
+    assert all(torch.equal(a, e) for a, e in zip(found, gradients, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["none", *KINDS])
+def test_a_batch_without_any_label_has_zero_loss_and_zero_gradients(kind):
+    student, labels, teacher = problem()
+    targets = None if kind == "none" else targets_of(kind, teacher, 1.0)
+    weight = 0.0 if kind == "none" else 0.3
+    parts, gradients = fused(student, torch.full_like(labels, -100), targets, weight)
+    assert parts.tokens == 0
+    assert parts.loss == 0
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_micro_batches_of_unequal_length_add_up_to_one_batch(kind):
+    student, labels, teacher = problem()
+    targets = targets_of(kind, teacher, 1.0)
+    expected, gradients = fused(student, labels, targets, 0.3)
+
+    def accumulated(normaliser):
+        total = [torch.zeros_like(x) for x in student]
+        loss = 0.0
+        for rows in (slice(0, 3), slice(3, 4), slice(4, TOKENS)):
+            micro = [student[0][rows], *student[1:]]
+            parts = linear_distillation_loss(*micro, labels[rows], targets[rows], 0.3, normaliser=normaliser)
+            loss = loss + parts.loss
+            total = [a + g for a, g in zip(total, torch.autograd.grad(parts.loss, student), strict=True)]
+        return loss, tuple(total)
+
+    for normaliser in (TOKENS - len(MASKED), torch.tensor(TOKENS - len(MASKED), dtype=torch.float64)):
+        loss, found = accumulated(normaliser)
+        assert_close(loss, expected.loss)
+        assert_close(found, gradients)
+    # The usual mistake, a mean per micro-batch, is far off.
+    assert relative_error(accumulated(None)[1][1] / 3, gradients[1]) > 0.1
+
+
+def test_batchmean_over_a_batch_of_sequences_would_weigh_kd_by_the_sequence_length():
+    z_s, z_t = normal(3, 6, VOCABULARY, seed=0), normal(3, 6, VOCABULARY, seed=1)
+    trap = F.kl_div(z_s.log_softmax(-1), z_t.softmax(-1), reduction="batchmean")
+    mean = distillation_loss(z_s.flatten(0, 1), z_t.flatten(0, 1), torch.zeros(18, dtype=torch.int64), kd_weight=1.0)
+    assert_close(trap, 6 * mean)
+
+
+# Sparse targets
+
+
+@pytest.mark.parametrize(("k", "temperature"), [*product([1, 4, VOCABULARY - 1, VOCABULARY], [1.0, 2.0])])
+def test_top_k_with_tail_is_the_kl_of_the_coarse_grained_distribution_and_never_negative(k, temperature):
+    student, labels, teacher = problem()
+    z_t = teacher_logits(teacher)
+    t = probabilities(z_t, temperature)
+    for shape in (z_t, z_t + 0.01 * normal(TOKENS, VOCABULARY, seed=8), 10 * normal(TOKENS, VOCABULARY, seed=8)):
+        logits = shape.clone().requires_grad_()
+        s = probabilities(logits, temperature)
+        # Sorted by the teacher, the outcomes are the first k ids and all the others together.
+        order = t.argsort(1, descending=True)
+        p, q = (
+            torch.cat([x.gather(1, order)[:, :k], x.gather(1, order)[:, k:].sum(1, keepdim=True)], 1) for x in (t, s)
+        )
+        if k == VOCABULARY:
+            p, q = p[:, :k], q[:, :k]
+        expected = temperature**2 * (p * (p / q).log()).sum(1)
+        found = sparse_kl(logits, top_k(t, k, temperature))
+        assert_close(found, expected)
+        assert found.min() > -1e-12
+        assert_close(torch.autograd.grad(found.sum(), logits), torch.autograd.grad(expected.sum(), logits))
+    if k >= VOCABULARY - 1:
+        # The one outcome left over is a single id: nothing is lost.
+        parts, gradients = fused(student, labels, top_k(t, k, temperature), 0.3, temperature)
+        expected, full = fused(student, labels, teacher, 0.3, temperature)
+        assert_close(parts.loss, expected.loss)
+        assert_close(gradients, full)
+
+
+def test_a_tail_of_exactly_0_is_the_same_as_no_tail():
+    student, labels, teacher = problem()
+    t = probabilities(teacher_logits(teacher))
+    plain = top_k(t, 4, tail=False)
+    tail = torch.zeros(TOKENS, dtype=torch.float64)
+    expected, gradients = fused(student, labels, plain, 0.3)
+    targets = SparseTargets(plain.ids, plain.weights, tail, plain.entropy, 1.0)
+    parts, found = fused(student, labels, targets, 0.3)
+    assert_close(parts.loss, expected.loss)
+    assert_close(found, gradients)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_expected_value_and_gradient_over_all_draws_are_those_of_full_kd(temperature):
+    # Four ids and two draws: all sixteen outcomes can be listed, so the expectation is exact.
+    hidden, weight, bias = normal(1, WIDTH, seed=0), normal(4, WIDTH, seed=1), normal(4, seed=2)
+    student = [x.requires_grad_() for x in (hidden, weight, bias)]
+    teacher = DenseTargets(normal(1, 7, seed=3), normal(4, 7, seed=4), None)
+    labels = torch.tensor([2])
+    t = probabilities(teacher.hidden @ teacher.weight.T, temperature)[0]
+    entropy = -(t * t.log()).sum()
+    value, gradients = 0.0, [torch.zeros_like(x) for x in student]
+    for i, j in product(range(4), repeat=2):
+        weights = torch.tensor([[1.0, 0.0]]) if i == j else torch.tensor([[0.5, 0.5]])
+        targets = SparseTargets(torch.tensor([[i, j]]), weights, None, entropy[None], temperature)
+        parts, found = fused(student, labels, targets, 1.0, temperature)
+        value = value + t[i] * t[j] * parts.loss
+        gradients = [a + t[i] * t[j] * g for a, g in zip(gradients, found, strict=True)]
+    expected, full = fused(student, labels, teacher, 1.0, temperature)
+    assert_close(value, expected.loss)
+    assert_close(tuple(gradients), full)
+
+
+@pytest.mark.parametrize("tail", [False, True])
+def test_a_converged_student_has_t_over_a_on_plain_top_k_and_t_with_the_tail(tail):
+    t = probabilities(2 * normal(3, VOCABULARY, seed=0))
+    targets = top_k(t, 4, tail=tail)
+    # Against the identity as output layer the hidden states are the logits themselves.
+    logits = torch.zeros(3, VOCABULARY, dtype=torch.float64, requires_grad=True)
+    output_layer, labels = torch.eye(VOCABULARY, dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
+    optimiser = torch.optim.Adam([logits], lr=0.3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 300)
+    for _ in range(300):
+        optimiser.zero_grad()
+        linear_distillation_loss(logits, output_layer, None, labels, targets, 1.0).loss.backward()
+        optimiser.step()
+        schedule.step()
+    reached = probabilities(logits.detach())
+    kept = t.gather(1, targets.ids)
+    mass = kept.sum(1, keepdim=True)
+    assert mass.max() < 0.97
+    expected = kept if tail else kept / mass
+    torch.testing.assert_close(reached.gather(1, targets.ids), expected, rtol=1e-3, atol=0)
+    rest = reached.scatter(1, targets.ids, 0)
+    torch.testing.assert_close(rest.sum(1), (1 - mass[:, 0]) * tail, rtol=1e-3, atol=1e-3)
+
+
+# A padded vocabulary
+
+
+@pytest.mark.parametrize(("kind", "temperature"), [*product(KINDS, [1.0, 2.0])])
+def test_padding_both_vocabularies_with_minus_infinity_changes_nothing(kind, temperature):
+    student, labels, teacher = problem()
+    expected, gradients = fused(student, labels, targets_of(kind, teacher, temperature), 0.3, temperature)
+
+    def pad(weight, bias):
+        return F.pad(weight, (0, 0, 0, 3)), F.pad(bias, (0, 3), value=-torch.inf)
+
+    wide = [x.detach().requires_grad_() for x in (student[0], *pad(*student[1:]))]
+    wide_teacher = DenseTargets(teacher.hidden, *pad(teacher.weight, teacher.bias))
+    targets = targets_of(kind, wide_teacher, temperature)
+    if kind != "dense":
+        # Ids without mass may be listed too.
+        ids = F.pad(targets.ids, (0, 3), value=VOCABULARY + 1)
+        targets = SparseTargets(ids, F.pad(targets.weights, (0, 3)), targets.tail, targets.entropy, temperature)
+    logits = wide[0] @ F.pad(student[1].detach(), (0, 0, 0, 3)).T + wide[2].detach()
+    dense = teacher_logits(wide_teacher) if kind == "dense" else targets
+    reference = distillation_loss(logits, dense, labels, 0.3, temperature)
+    assert_close(reference.detach(), expected.loss.detach())
+    assert_close(torch.autograd.grad(reference, wide[0])[0], gradients[0])
+
+    parts, found = fused(wide, labels, targets, 0.3, temperature)
+    assert_close(parts.loss, expected.loss)
+    assert_close(found[0], gradients[0])
+    for a, e in zip(found[1:], gradients[1:], strict=True):
+        assert_close(a[:VOCABULARY], e)
+        assert torch.equal(a[VOCABULARY:], torch.zeros_like(a[VOCABULARY:]))
+
+
+@pytest.mark.parametrize("k", [None, 4, VOCABULARY])
+def test_an_id_the_teacher_rules_out_is_pushed_down_without_nan(k):
+    student, labels, teacher = problem()
+    teacher.bias[-3:] = -torch.inf
+    t = probabilities(teacher_logits(teacher))
+    targets = teacher if k is None else top_k(t, k)
+    parts, gradients = fused(student, labels, targets, 1.0)
+    logits = logits_of(student)
+    reference = distillation_loss(logits, teacher_logits(teacher) if k is None else targets, labels, 1.0)
+    assert_close(reference, parts.loss)
+    assert_close(torch.autograd.grad(reference, student, retain_graph=True), gradients)
+    assert parts.loss.isfinite()
+    assert (gradients[2][-3:] > 0).all()
+    if k != 4:
+        s = probabilities(logits)
+        expected = (s - t)[labels != -100].mean(0)
+        assert_close(gradients[2], expected)
+
+
+# Precision
+
+
+def test_log_softmax_in_bf16_spoils_the_gradient_where_ours_stays_within_rounding():
+    z_t = 3 * normal(32, 1000, seed=0)
+    # A student near its teacher: what is left to learn is small against the logits.
+    z_s, z_t = (z_t + 0.1 * normal(32, 1000, seed=1)).bfloat16(), z_t.bfloat16()
+    exact = z_s.double().requires_grad_()
+    expected_loss = forward_kl(exact, z_t.double()).mean()
+    (expected,) = torch.autograd.grad(expected_loss, exact)
+
+    naive = z_s.clone().requires_grad_()
+    naive_loss = F.kl_div(naive.log_softmax(-1), z_t.log_softmax(-1), reduction="batchmean", log_target=True)
+    (naive_gradient,) = torch.autograd.grad(naive_loss, naive)
+    assert relative_error(naive_gradient, expected) > 0.02
+
+    ours = z_s.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(forward_kl(ours, z_t).mean(), ours)
+    assert relative_error(gradient, expected) < BF16_ROUNDING
+
+    # With the identity as output layer and power-of-two normaliser, rounding the gradient is all that bf16 costs.
+    hidden, identity = z_s.clone().requires_grad_(), torch.eye(1000, dtype=torch.bfloat16)
+    parts = linear_distillation_loss(
+        hidden, identity, None, torch.zeros(32, dtype=torch.int64), DenseTargets(z_t, identity), 1.0
+    )
+    (gradient,) = torch.autograd.grad(parts.loss, hidden)
+    assert gradient.dtype == torch.bfloat16
+    assert relative_error(gradient, expected) < BF16_ROUNDING
+    assert relative_error(parts.loss, expected_loss) < 1e-4
+
+
+def test_autocast_around_the_loss_does_not_reach_inside():
+    student, labels, teacher = problem(torch.float32)
+    expected, gradients = fused(student, labels, teacher, 0.3)
+    with torch.autocast("cpu", torch.bfloat16):
+        parts, found = fused(student, labels, teacher, 0.3)
+    assert torch.equal(parts.loss, expected.loss)
+    assert all(torch.equal(a, e) for a, e in zip(found, gradients, strict=True))
+
+
+# An independent implementation
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_forward_kl_agrees_with_the_generalised_jsd_of_trl(temperature, monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    from trl.experimental.gkd import GKDTrainer
+
+    batch, length = 3, 6
+    labels = torch.arange(batch * length).reshape(batch, length) % VOCABULARY
+    labels[0, 3:] = labels[2, 1] = -100
+    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5)):
+        z_s = normal(batch, length, VOCABULARY, seed=0, dtype=dtype).requires_grad_()
+        z_t = normal(batch, length, VOCABULARY, seed=1, dtype=dtype)
+        flat = (z_s.flatten(0, 1), z_t.flatten(0, 1), labels.flatten())
+        ours = distillation_loss(*flat, 1.0, temperature)
+        gradient = torch.autograd.grad(ours, z_s)
+        identity = torch.eye(VOCABULARY, dtype=dtype)
+        chunked = linear_distillation_loss(
+            flat[0], identity, None, flat[2], DenseTargets(flat[1], identity), 1.0, temperature, chunk_tokens=4
+        ).loss
+        # TRL leaves out the factor tau^2.
+        theirs = temperature**2 * GKDTrainer.generalized_jsd_loss(z_s, z_t, labels, beta=0.0, temperature=temperature)
+        expected = torch.autograd.grad(theirs, z_s)
+        assert_close(ours, theirs, tolerance)
+        assert_close(gradient, expected, tolerance)
+        assert_close(chunked, theirs, tolerance)
+        assert_close(torch.autograd.grad(chunked, z_s), expected, tolerance)
+        if dtype == torch.float64:
+            # JSD_beta / beta -> KL(teacher || student), not the other direction.
+            jsd = GKDTrainer.generalized_jsd_loss(z_s, z_t, labels, beta=1e-5, temperature=temperature) / 1e-5
+            torch.testing.assert_close(temperature**2 * jsd, ours, rtol=1e-3, atol=0)
+
+
+# Memory and autograd
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize(("kind", "temperature"), [*product(["none", *KINDS], [1.0, 2.0])])
+def test_logits_of_all_tokens_never_exist_at_once(kind, temperature):
+    tokens, vocabulary, width, chunk = 512, 64, 6, 16
+    student = [normal(tokens, width, seed=0), normal(vocabulary, width, seed=1), normal(vocabulary, seed=2)]
+    student = [x.requires_grad_() for x in student]
+    labels = torch.arange(tokens) % vocabulary
+    teacher = DenseTargets(normal(tokens, width, seed=3), normal(vocabulary, width, seed=4))
+    t = probabilities(teacher.hidden @ teacher.weight.T, temperature)
+    targets = {
+        "none": None,
+        "sampled": top_k(t, 4, temperature, tail=False),
+        "top-k with tail": top_k(t, 4, temperature),
+        "dense": teacher,
+    }[kind]
+    weight = 0.0 if kind == "none" else 0.3
+    with LargestTensor() as largest:
+        fused(student, labels, targets, weight, temperature, chunk_tokens=chunk)
+    assert largest.elements == max(tokens * width, chunk * vocabulary)
+    with LargestTensor() as largest:
+        cross_entropy(student[0] @ student[1].T, labels).backward()
+    assert largest.elements >= tokens * vocabulary
+
+
+def test_the_default_chunk_bounds_memory_too():
+    tokens, vocabulary = 128, 2**16
+    hidden, weight = (normal(n, 2, seed=n, dtype=torch.float32).requires_grad_() for n in (tokens, vocabulary))
+    with LargestTensor() as largest:
+        linear_distillation_loss(hidden, weight, None, torch.arange(tokens)).loss.backward()
+    assert 2 * vocabulary < largest.elements < tokens * vocabulary
+
+
+def test_inputs_need_not_be_contiguous():
+    student, labels, teacher = problem()
+    targets = targets_of("top-k with tail", teacher, 1.0)
+    expected, gradients = fused(student, labels, targets, 0.3)
+
+    def strided(x):
+        wide = torch.zeros(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)
+        wide[..., ::2] = x.detach()
+        return wide[..., ::2]
+
+    turned = [strided(student[0]), student[1].detach().T.contiguous().T, strided(student[2])]
+    turned = [x.requires_grad_() for x in turned]
+    assert not any(x.is_contiguous() for x in turned)
+    sparse = SparseTargets(
+        strided(targets.ids), strided(targets.weights), strided(targets.tail), strided(targets.entropy), 1.0
+    )
+    parts, found = fused(turned, strided(labels), sparse, 0.3, chunk_tokens=4)
+    assert_close(parts.loss, expected.loss)
+    assert_close(found, gradients)
+
+
+@pytest.mark.parametrize("frozen", range(3))
+def test_a_frozen_input_gets_no_gradient_and_the_others_keep_theirs(frozen):
+    student, labels, teacher = problem()
+    _, gradients = fused(student, labels, teacher, 0.3)
+    student[frozen].requires_grad_(False)
+    linear_distillation_loss(*student, labels, teacher, 0.3).loss.backward()
+    for i, (x, gradient) in enumerate(zip(student, gradients, strict=True)):
+        if i == frozen:
+            assert x.grad is None
+        else:
+            assert torch.equal(x.grad, gradient)
+
+
+def test_without_a_bias_and_without_gradients_the_value_is_the_same():
+    student, labels, teacher = problem()
+    with torch.no_grad():
+        student[2].zero_()
+        parts = linear_distillation_loss(*student[:2], None, labels, teacher, 0.3)
+    expected = linear_distillation_loss(*student, labels, teacher, 0.3)
+    assert not parts.loss.requires_grad
+    assert not expected.ce.requires_grad
+    assert not expected.kd.requires_grad
+    assert_close(parts.loss, expected.loss.detach())
+
+
+def test_an_output_layer_tied_to_the_embedding_gets_both_gradients():
+    _, labels, teacher = problem()
+    embedding = normal(VOCABULARY, WIDTH, seed=1).requires_grad_()
+    inputs = torch.arange(TOKENS) % VOCABULARY
+    tied = 0.5 * embedding
+    hidden = torch.tanh(embedding[inputs])
+    parts = linear_distillation_loss(hidden, tied, None, labels, teacher, 0.3)
+    reference = distillation_loss(hidden @ tied.T, teacher_logits(teacher), labels, 0.3)
+    expected = torch.autograd.grad(reference, embedding, retain_graph=True)
+    assert_close(torch.autograd.grad(parts.loss, embedding), expected)
+
+
+def test_backward_scales_with_the_incoming_gradient_and_may_be_repeated():
+    student, labels, teacher = problem()
+    _, gradients = fused(student, labels, teacher, 0.3)
+    loss = linear_distillation_loss(*student, labels, teacher, 0.3).loss
+    (2 * loss).backward(retain_graph=True)
+    loss.backward()
+    assert_close([x.grad for x in student], [3 * g for g in gradients])
+
+
+def test_second_derivatives_are_refused_rather_than_wrong():
+    student, labels, teacher = problem()
+    loss = linear_distillation_loss(*student, labels, teacher, 0.3).loss
+    with pytest.raises(KdlibError, match="second derivative"):
+        torch.autograd.grad(loss, student[0], create_graph=True)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("kd_weight", [-0.1, 1.1, float("nan")])
+def test_a_kd_weight_outside_0_to_1_is_refused(kd_weight):
+    student, labels, teacher = problem()
+    with pytest.raises(KdlibError, match="0..1"):
+        linear_distillation_loss(*student, labels, teacher, kd_weight)
+
+
+def test_a_kd_weight_without_targets_is_refused():
+    student, labels, _ = problem()
+    with pytest.raises(KdlibError, match="needs teacher targets"):
+        linear_distillation_loss(*student, labels, None, 0.3)
+
+
+def test_sparse_targets_of_another_temperature_are_refused():
+    student, labels, teacher = problem()
+    with pytest.raises(KdlibError, match="temperature 2.0.* asks for 1.0"):
+        linear_distillation_loss(*student, labels, targets_of("sampled", teacher, 2.0), 0.3, 1.0)
