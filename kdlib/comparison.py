@@ -1,9 +1,10 @@
 """Finished runs as tidy tables: what each method reached, and by how much one beats another.
 
-A *method* is what a reader compares ("KD student", "CE ensemble, probability pool"); its runs differ in their seeds alone. Means and differences
+A *method* is what a reader compares ("KD student", "CE ensemble (probability pool)"); its runs differ in their seeds alone. Means and differences
 come with bootstrap intervals over seeds × sources (``kdlib.statistics``), computed from the stored per-document sums.
 """
 
+import itertools
 import json
 from collections.abc import Sequence
 
@@ -16,24 +17,27 @@ from kdlib.errors import KdlibError
 TEXTS = {"test": "test text", "ood": "out-of-domain text"}
 OBJECTIVES = {"ce": "CE", "kd": "KD", "online_kd": "online KD"}
 TEACHERS = {
-    "frozen": "teacher, frozen",
-    "lora": "teacher, LoRA-adapted",
-    "full": "teacher, fully fine-tuned",
-    "scratch": "teacher, from scratch",
+    "frozen": "teacher (frozen)",
+    "lora": "teacher (LoRA-adapted)",
+    "full": "teacher (fine-tuned)",
+    "scratch": "teacher (from scratch)",
 }
 BEST = "its best member"
 
 
 def models(profile: str) -> pd.DataFrame:
-    """The profile's teachers, students and ensembles: ``runs.table`` with the columns ``method``, ``objective`` and ``members``.
+    """The profile's teachers, students and ensembles: ``runs.table`` with ``method``, ``objective``, ``members`` and ``flops``.
 
-    ``objective`` of an ensemble is its members'; it is ``untrained`` for models left as initialised.
+    ``objective`` of an ensemble is its members'; it is ``untrained`` for models left as initialised. ``flops`` is what training took: forward and
+    backward passes of the model or its members, plus what the teacher computed for their targets, charged once where they share
+    a cache; NaN for a teacher that was not trained here.
     """
-    table = runs.table(profile)
-    table = table[table.kind.isin(["teacher", "student", "ensemble"])].copy()
+    everything = runs.table(profile)
+    table = everything[everything.kind.isin(["teacher", "student", "ensemble"])].copy()
     table["members"] = [run.metrics.get("members", []) for run in table.run]
     table["objective"] = [_objective(row, table) for _, row in table.iterrows()]
     table["method"] = [_method(row) for _, row in table.iterrows()]
+    table["flops"] = [_flops(run, everything) for run in table.run]
     return table
 
 
@@ -46,7 +50,17 @@ def _method(row: pd.Series) -> str:
     if row.kind == "teacher":
         return TEACHERS[row.adaptation]
     name = f"{OBJECTIVES.get(row.objective, row.objective)} {row.kind}"
-    return f"{name}, {row.pool} pool" if row.kind == "ensemble" and row.objective != "untrained" else name
+    return f"{name} ({row.pool} pool)" if row.kind == "ensemble" and row.objective != "untrained" else name
+
+
+def _flops(run: runs.Run, table: pd.DataFrame) -> float:
+    trained = [table.run[member] for member in run.metrics.get("members", [])] or [run]
+    training = [one.metrics["training"] for one in trained]
+    if None in training:
+        return np.nan
+    caches = {one.settings["inputs"]["targets"] for one in trained if "targets" in one.settings["inputs"]}
+    students = sum(one["flops"] + one.get("teacher_flops", 0) for one in training)
+    return students + sum(table.run[cache].metrics["flops"] for cache in caches)
 
 
 def runs_table(profile: str) -> pd.DataFrame:
@@ -58,10 +72,10 @@ def runs_table(profile: str) -> pd.DataFrame:
     methods, rows = models(profile).method, []
     for run_id, row in runs.table(profile).iterrows():
         settings, metrics = row.run.settings["parameters"], row.run.metrics
-        common = {"run": run_id, "kind": row.kind, "label": row.label, "method": methods.get(run_id)}
+        common = {"run": run_id, "kind": row.run.kind, "label": row.label, "method": methods.get(run_id)}
         common |= _prefixed("setting", settings) | _prefixed("training", metrics.get("training")) | _prefixed("cost", metrics["cost"])
         common |= _prefixed("parameters", metrics.get("parameters"))
-        if row.kind == "targets":
+        if row.run.kind == "targets":
             common |= _prefixed("targets", {name: value for name, value in metrics.items() if not isinstance(value, dict)})
         for split, values in metrics.get("evaluation", {None: {}}).items():
             pool = _prefixed("pool", metrics.get("pool", {}).get(split))
@@ -110,10 +124,39 @@ def mean_losses(table: pd.DataFrame, resamples: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def sizes(table: pd.DataFrame) -> pd.DataFrame:
+    """Parameters, training FLOPs and ambiguity of every method of :func:`models`, a row each, averaged over its runs.
+
+    ``ambiguity``: the members' mean NLL minus their pool's on test text, as the pool's own identity splits it; NaN for single models.
+    """
+    rows = []
+    for method, group in table.groupby("method", sort=False):
+        pools = [run.metrics["pool"]["test"][f"ambiguity_{pool}"] for run, pool in zip(group.run, group.pool, strict=True) if "pool" in run.metrics]
+        parameters = group.run.iloc[0].metrics["parameters"]
+        row = {"method": method, "parameters": parameters["total"], "non_embedding": parameters["non_embedding"]}
+        rows.append(row | {"flops": group.flops.mean(), "ambiguity": np.mean(pools) if pools else np.nan})
+    return pd.DataFrame(rows)
+
+
 def best_member(ensemble: pd.Series, table: pd.DataFrame) -> runs.Run:
     """The ensemble's member with the lowest NLL on the validation split (the test splits have no say in it)."""
     members = [table.run[member] for member in ensemble.members]
     return min(members, key=lambda run: run.metrics["evaluation"]["validation"]["nll"])
+
+
+def rivals(ensembles: pd.DataFrame) -> list[tuple[str, str, bool]]:
+    """Pairs A, B of ensemble methods worth comparing, and whether they are paired run by run.
+
+    Two pools of the same members, paired; and two objectives under one pool, whose members share nothing but their seeds.
+    """
+    kinds = ensembles.drop_duplicates("method")[["method", "objective", "pool"]].to_dict("records")
+    pairs = []
+    for first, second in itertools.combinations(kinds, 2):
+        if first["objective"] == second["objective"]:
+            pairs.append((first["method"], second["method"], True))
+        elif first["pool"] == second["pool"]:
+            pairs.append((second["method"], first["method"], False))
+    return pairs
 
 
 def difference(a: Sequence[runs.Run], b: Sequence[runs.Run], split: str, resamples: int, paired: bool) -> tuple[statistics.Comparison, float]:
@@ -151,9 +194,12 @@ def sentence(row: dict, because: str) -> str:
     """What a difference says, in words a reader can check against the row's own numbers."""
     a, b = (name if name == BEST else f"the {name}" for name in (row["a"], row["b"]))
     size = f"difference {row['difference']:+.3f} nats/token, interval {row['low']:+.3f} to {row['high']:+.3f}"
+    where = TEXTS[row["split"]]
     text = {
-        "yes": f"{a} beats {b} on {TEXTS[row['split']]} ({size}).",
-        "no": f"{a} does not beat {b} on {TEXTS[row['split']]} by an amount that matters ({size}).",
-        "undecided": f"whether {a} beats {b} on {TEXTS[row['split']]} is undecided: {because} ({size}).",
+        "yes": f"{a} beats {b} on {where} ({size}).",
+        "no": f"{a} does not beat {b} on {where} by an amount that matters ({size}).",
+        "undecided": f"whether {a} beats {b} on {where} is undecided: {because} ({size}).",
     }[row["verdict"]]
+    if row["verdict"] == "undecided" and row["high"] < 0:
+        text = f"{a} scores better than {b} on {where}, but no claim is made: {because} ({size})."
     return text[0].upper() + text[1:]

@@ -1,7 +1,8 @@
 """From sources to documents: cut, assigned to splits, and free of duplicates across splits.
 
-A *source* (a speech, a chapter, an article, a chat, a recipe) is the unit that is held out and resampled; it is cut into
-*documents* small enough to train on. A document's id is ``<domain>/<name>#<nn>``, its source's the part before ``#``.
+A *source* (a speech, a chapter, an article, a chat, a recipe) is the unit that is held out and resampled; it is cut
+into *documents* small enough to train on. A document's id is ``<domain>/<name>#<nn>``, its source's the part before
+``#``.
 """
 
 import hashlib
@@ -30,7 +31,10 @@ SHINGLE_WORDS = 8
 NEAR_DUPLICATE = 0.5
 
 # ChatML, for tokenizers that bring no chat template of their own.
-CHATML = "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def fraction(text: str) -> float:
@@ -70,8 +74,8 @@ def read_documents(
         cache: folder of downloads.
 
     Returns:
-        A table [document, source, domain, split, text, bytes] in the order of the documents' hashes, so that any beginning of
-        it is a random sample; and a report of licences and of what was left out, for the data card.
+        A table [document, source, domain, split, text, bytes] in the order of the documents' hashes, so that any
+        beginning of it is a random sample; and a report of licences and of what was left out, for the data card.
 
     Raises:
         KdlibError: unknown domain, a source that cannot be had, text that is not UTF-8, or a split left empty.
@@ -79,7 +83,10 @@ def read_documents(
     catalogue = sources.catalogue() if catalogue is None else catalogue
     chosen = {name: _text_source(name, catalogue) for name in [*domains, ood]}
     if ood in domains:
-        raise KdlibError(f"The out-of-domain set {ood!r} is also one of the domains trained on ({', '.join(domains)}). Take it out of one.")
+        raise KdlibError(
+            f"The out-of-domain set {ood!r} is also one of the domains trained on ({', '.join(domains)}). "
+            "Take it out of one of the two."
+        )
     paths = {name: sources.fetch(source, cache) for name, source in chosen.items()}
     rows, short, long = [], Counter(), Counter()
     for domain, source in chosen.items():
@@ -90,10 +97,16 @@ def read_documents(
             # '#' separates a source from the number of its document.
             identity = f"{domain}/{_plain(name).replace('#', '＃')}"
             if identity in seen:
-                raise KdlibError(f"Two texts of {domain!r} are called {name!r}. Names must differ: splits are chosen by name.")
+                raise KdlibError(
+                    f"Two texts of {domain!r} are called {name!r}. Names must differ: splits are chosen by name."
+                )
             seen.add(identity)
             split = "ood" if domain == ood else split_of(identity, salt)
-            pieces = cut(_plain(content), max_characters) if isinstance(content, str) else _chats(content, tokenizer, max_characters)
+            pieces = (
+                cut(_plain(content), max_characters)
+                if isinstance(content, str)
+                else _chats(content, tokenizer, max_characters)
+            )
             for number, text in enumerate(pieces):
                 short[domain] += len(text) < MIN_CHARACTERS
                 long[domain] += len(text) > max_characters
@@ -101,7 +114,9 @@ def read_documents(
                     rows.append((f"{identity}#{number:02d}", identity, domain, split, text, len(text.encode())))
     table = pd.DataFrame(rows, columns=["document", "source", "domain", "split", "text", "bytes"])
     _check_splits(table, domains, ood)
-    table = table.iloc[np.argsort([fraction(f"{salt}/{document}") for document in table.document])].reset_index(drop=True)
+    table = table.iloc[np.argsort([fraction(f"{salt}/{document}") for document in table.document])].reset_index(
+        drop=True
+    )
     table, duplicates = without_duplicates(table)
     _check_splits(table, domains, ood)
     report = {
@@ -118,8 +133,8 @@ def read_documents(
         },
         "max_characters": max_characters,
         "salt": salt,
-        "note": "The unit that is held out is the source. Chapters of one book, or sections of one long file, may stand in different "
-        "splits, so for such text the test measures new chapters of known books.",
+        "note": "The unit that is held out is the source. Chapters of a book, or sections of a long file, are sources "
+        "of their own, so for such text the test measures new chapters of known books.",
     }
     return table, report
 
@@ -127,9 +142,14 @@ def read_documents(
 def _text_source(name: str, catalogue: Mapping[str, sources.Source]) -> sources.Source:
     readable = [known for known, source in catalogue.items() if source.reader]
     if name not in readable:
-        raise KdlibError(f"Unknown domain {name!r}. Expected one of {', '.join(readable)}; your own text is added in profiles/sources.yaml.")
+        raise KdlibError(
+            f"Unknown domain {name!r}. Expected one of {', '.join(readable)}; "
+            "your own text becomes a domain by an entry in profiles/sources.yaml."
+        )
     if catalogue[name].reader not in READERS:
-        raise KdlibError(f"Source {name!r} names the reader {catalogue[name].reader!r}. Expected one of {', '.join(READERS)}.")
+        raise KdlibError(
+            f"Source {name!r} names the reader {catalogue[name].reader!r}. Expected one of {', '.join(READERS)}."
+        )
     return catalogue[name]
 
 
@@ -139,10 +159,11 @@ def _check_splits(table: pd.DataFrame, domains: Sequence[str], ood: str) -> None
     for domain, split in wanted:
         if (domain, split) not in held:
             count = table.source[table.domain == domain].nunique()
+            shares = ", ".join(f"{name} {share:.0%}" for name, share in SHARES.items())
             raise KdlibError(
-                f"The split {split!r} of domain {domain!r} is empty: {count} sources with at least {MIN_CHARACTERS} characters were found, "
-                f"and each goes to one split by the hash of its name (shares: {', '.join(f'{k} {v:.0%}' for k, v in SHARES.items())}). "
-                "Give the domain more sources (a few hundred), or choose another."
+                f"The split {split!r} of domain {domain!r} is empty: {count} sources with documents of "
+                f"{MIN_CHARACTERS} characters or more were found, and each goes to one split by the hash of its name "
+                f"({shares}). Give the domain more sources (a few hundred), or choose another."
             )
 
 
@@ -152,7 +173,7 @@ def _plain(text: str) -> str:
 
 
 def _chats(messages: Messages, tokenizer, limit: int) -> Iterator[str]:
-    """A chat rendered with the chat template; one that is too long is halved before a user's turn, as often as needed."""
+    """A chat rendered with the chat template; too long a one is halved before a user's turn, as often as needed."""
     messages = [{**message, "content": _plain(message["content"])} for message in messages]
     head = [message for message in messages if message["role"] == "system"]
     turns = [message for message in messages if message["role"] != "system"]
@@ -187,12 +208,14 @@ def _render(head: Messages, turns: Messages, tokenizer) -> str:
 def without_duplicates(documents: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, dict[str, dict[str, int]]]]:
     """``documents`` without repeated texts within a split and without near-duplicates across splits.
 
-    A document is a near-duplicate if at least half of its shingles (runs of :data:`SHINGLE_WORDS` words in lower case) occur in splits before it in the order test, ood, calibration, validation, train. Containment of exact shingle
-    sets, computed in full rather than estimated by minhash (Broder 1997; Lee et al. 2022). Digits count: with digits folded,
+    A document is a near-duplicate if at least half of its shingles (runs of :data:`SHINGLE_WORDS` words in lower case)
+    occur in splits before it in the order test, ood, calibration, validation, train. Containment of exact shingle sets,
+    computed in full rather than estimated by minhash (Broder 1997; Lee et al. 2022). Digits count: with digits folded,
     tables that share nothing but their form (one country's figures and another's) would be taken for copies.
 
     Returns:
-        The documents kept, and ``{domain: {"duplicates" | "near_duplicates": {split: removed}}}``.
+        The documents kept, and how many were removed: ``{domain: {"duplicates": {split: number}, "near_duplicates":
+        {split: number}}}``.
     """
     repeated = documents.duplicated(["split", "text"])
     kept = documents[~repeated]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -59,6 +60,36 @@ def label_points(axis: Axes, names: list[str], x: list[float], y: list[float]) -
     for i in order:
         previous = max(y[i], previous + gap)
         axis.annotate(names[i], (x[i], previous), (5, 0), textcoords="offset points", va="center", color=colour(names[i]), fontsize=7.5)
+
+
+def learning_curve(run: runs.Run) -> None:
+    """One run's training and validation loss against the tokens seen; nothing for a model that was not trained."""
+    if not (run.path / "log.csv").is_file():
+        return
+    log = pd.read_csv(run.path / "log.csv")
+    log, validation = log.dropna(subset="loss"), log.dropna(subset="validation_nll")
+    _, axis = plt.subplots(figsize=(0.6 * WIDTH, 2.4))
+    axis.plot(log.tokens, log.loss, color="#bbbbbb", linewidth=0.7)
+    axis.plot(validation.tokens, validation.validation_nll, color=COLOURS["CE"])
+    ends = {"training loss": log.loss.iloc[-1]} | ({"validation NLL": validation.validation_nll.iloc[-1]} if len(validation) else {})
+    label_points(axis, list(ends), [log.tokens.iloc[-1]] * len(ends), list(ends.values()))
+    axis.set(xlabel="training tokens seen", ylabel="nats/token")
+
+
+def reliability(axis: Axes, bins: pd.DataFrame, text: str, tint: str) -> None:
+    """Accuracy against confidence of the top-1 prediction, a dot a bin with area by its tokens; calibrated is the diagonal.
+
+    Args:
+        bins: columns counts, confidence_sums, hits; empty bins are left out.
+        text: written in the corner.
+    """
+    filled = bins[bins.counts > 0]
+    confidence, accuracy = filled.confidence_sums / filled.counts, filled.hits / filled.counts
+    axis.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.7, zorder=0)
+    axis.plot(confidence, accuracy, color=tint, linewidth=0.9)
+    axis.scatter(confidence, accuracy, s=2 + 60 * filled.counts / filled.counts.sum(), color=tint, linewidth=0)
+    axis.annotate(text, (0.05, 0.95), xycoords="axes fraction", va="top", color=tint, fontsize=7.5)
+    axis.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1], aspect="equal")
 
 
 def folder(profile: str) -> Path:

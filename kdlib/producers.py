@@ -60,12 +60,15 @@ def _corpus(step: Step, inputs: dict, folder: Path) -> dict:
         tokenizer, kept = vocabulary.train(texts, values.vocabulary_size), None
     else:
         tokenizer, kept = vocabulary.prune(teacher_tokenizer, texts, values.vocabulary_size)
-    card = corpus.build(folder / "data", table, tokenizer, values.domains, values.ood, values.train_tokens, values.heldout_tokens, values.block_length)
+    budgets = {"train": values.train_tokens} | dict.fromkeys(SPLITS, values.heldout_tokens)
+    card = corpus.build(
+        folder / "data", table, report, tokenizer, budgets=budgets, shares=values.domains, block_length=values.block_length
+    )
     tokenizer.save_pretrained(folder / "data" / "tokenizer")
     if kept is not None:
         np.save(folder / "data" / "kept_tokens.npy", kept)
     size = {"size": len(tokenizer), "teacher_size": None if teacher_tokenizer is None else len(teacher_tokenizer)}
-    return {"card": card | report, "vocabulary": size}
+    return {"card": card, "vocabulary": size}
 
 
 def _training_texts(table: pd.DataFrame, values) -> list[str]:
@@ -107,7 +110,9 @@ def _teacher(step: Step, inputs: dict, folder: Path) -> dict:
 def _unpruned(model, tokenizer, precision: str, corpus_run: runs.Run) -> dict:
     """The teacher with its whole vocabulary on the test documents, as a reference for what pruning costs."""
     table = pd.read_parquet(corpus_run.path / "data" / "documents.parquet")
-    split = corpus.tokenise("test", table[table.split == "test"], tokenizer)
+    test = table[table.split == "test"]
+    whole = dict.fromkeys(test.domain.unique(), 1.0)
+    split = corpus.select(test.assign(split="test"), tokenizer, {"test": 10**12}, whole)["test"]
     found = evaluate(model, {"test": split}, _block_length(corpus_run), temperature=1.0, autocast=models.precision(precision))
     return {key: found.metrics["evaluation"]["test"][key] for key in ("bits_per_byte", "nll", "tokens", "bytes")}
 

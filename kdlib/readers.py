@@ -1,8 +1,8 @@
 """Readers of text: from the files of a source to named texts or chats, one small function per format.
 
 A reader takes the source's local copy and its entry of the catalogue, and yields ``(name, text)`` or, for a chat,
-``(name, messages)`` with messages as chat templates take them: ``[{"role": "user", "content": "…"}, …]``. A name is unique
-within its source and stable: splits and document ids are made from it.
+``(name, messages)`` with messages as chat templates take them: ``[{"role": "user", "content": "…"}, …]``. A name is
+unique within its source and stable: splits and document ids are made from it.
 """
 
 import csv
@@ -29,8 +29,8 @@ _BOUNDARIES = tuple(re.compile(pattern) for pattern in (r"\n\n", r"\n", r"[.!?�
 
 
 def cut(text: str, limit: int) -> Iterator[str]:
-    """Pieces of at most ``limit`` characters, cut at a paragraph's end where one is in reach, else at the end of a line, a
-    sentence or a word, else anywhere. The last two pieces share what is left, so that no short tail remains.
+    """Pieces of at most ``limit`` characters, cut at a paragraph's end where one is in reach, else at the end of a
+    line, a sentence or a word, else anywhere. The last two pieces share what is left, so that no short tail remains.
     """
     start = 0
     while (rest := len(text) - start) > limit:
@@ -50,8 +50,8 @@ def _decode(name: str, content: bytes) -> str:
         return content.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise KdlibError(
-            f"{name} is not UTF-8 text (byte {error.start} is {content[error.start]:#04x}). Convert it to UTF-8, for example with "
-            "`iconv -t UTF-8`, or leave it out of the source's 'members'."
+            f"{name} is not UTF-8 text (byte {error.start} is {content[error.start]:#04x}). Convert it to UTF-8, for "
+            "example with `iconv -t UTF-8`, or leave it out of the source's 'members'."
         ) from error
 
 
@@ -77,13 +77,18 @@ def _without_markup(text: str) -> str:
 
 
 def dialogue(path: Path, source: Source) -> Named:
-    """Chats of two people: who writes first is the user; the question they were given to talk about is the system message.
+    """Chats of two people: who writes first is the user; the question they were given to talk about is the system
+    message.
 
     E-mail addresses and telephone numbers are masked: they belong to real people.
     """
     for _, chats in _json(path, source):
         for name, chat in sorted(chats.items()):
-            said = [(line["sender"], _CONTACT.sub("[contact]", " ".join(line["text"].split()))) for turn in chat["messages"] for line in turn]
+            said = [
+                (line["sender"], _CONTACT.sub("[contact]", " ".join(line["text"].split())))
+                for turn in chat["messages"]
+                for line in turn
+            ]
             said = [(sender, text) for sender, text in said if text]
             if len({sender for sender, _ in said}) != 2:  # nobody answered
                 continue
@@ -132,7 +137,9 @@ def _unwrapped(text: str) -> str:
 def speeches(path: Path, source: Source) -> Named:
     """One speech a file, without the editors' notes."""
     for name, text in _members(path, source):
-        text = re.sub(r" *\[ *(?:see APP Note|(?:As )?delivered|Read before|Recorded on)[^\]]*\]", "", text, flags=re.IGNORECASE)
+        text = re.sub(
+            r" *\[ *(?:see APP Note|(?:As )?delivered|Read before|Recorded on)[^\]]*\]", "", text, flags=re.IGNORECASE
+        )
         yield PurePosixPath(name).stem, text
 
 
@@ -140,7 +147,9 @@ def recipes(path: Path, source: Source) -> Named:
     """Title, servings and time where known, ingredients, and numbered steps."""
     for _, book in _json(path, source):
         for name, recipe in sorted(book.items()):
-            about = [f"{label}: {recipe[key]}" for key, label in (("servings", "Serves"), ("time", "Time")) if recipe[key]]
+            about = [
+                f"{label}: {recipe[key]}" for key, label in (("servings", "Serves"), ("time", "Time")) if recipe[key]
+            ]
             ingredients = [f"- {text}" for text in map(_listed, recipe["ingredients"]) if text]
             steps = [text for text in map(_listed, recipe["steps"]) if text]
             steps = [f"{number}. {text}" for number, text in enumerate(steps, 1)]
@@ -193,13 +202,17 @@ def news(path: Path, source: Source) -> Named:
 
 
 def text(path: Path, source: Source) -> Named:
-    """Your own ``.txt`` files (long ones in sections) and ``.jsonl`` files with a text or chat messages in ``text_column``."""
+    """Your own ``.txt`` files (long ones in sections), and ``.jsonl`` with text or messages in ``text_column``."""
     for name, content in _members(path, source):
         if not content.strip():
-            raise KdlibError(f"{name} in {path} is empty: a document needs text. Remove it, or leave it out of the source's 'members'.")
+            raise KdlibError(
+                f"{name} in {path} is empty; a document needs text. Remove it, or leave it out of 'members'."
+            )
         if not name.endswith(".jsonl"):
             pieces = list(cut(content, SECTION_CHARACTERS))
-            yield from ((f"{name}/{number:05d}" if len(pieces) > 1 else name, piece) for number, piece in enumerate(pieces))
+            yield from (
+                (f"{name}/{number:05d}" if len(pieces) > 1 else name, piece) for number, piece in enumerate(pieces)
+            )
             continue
         for number, line in enumerate(content.splitlines(), 1):
             try:
@@ -210,7 +223,9 @@ def text(path: Path, source: Source) -> Named:
                     f"({type(error).__name__}: {error}). Correct the line, or 'text_column' of the source."
                 ) from error
             if not record:
-                raise KdlibError(f"Line {number} of {name} in {path} has an empty {source.text_column!r}. Remove the line.")
+                raise KdlibError(
+                    f"Line {number} of {name} in {path} has an empty {source.text_column!r}. Remove the line."
+                )
             yield f"{name}/{number:07d}", record
 
 
@@ -220,8 +235,14 @@ def hub(path: Path, source: Source) -> Named:
 
     for number, row in enumerate(load_dataset(str(path), name=source.config, split=source.split, streaming=True)):
         if source.text_column not in row:
-            raise KdlibError(f"Data set {source.id} has the columns {', '.join(row)}; expected 'text_column' {source.text_column!r} among them.")
+            raise KdlibError(
+                f"Data set {source.id} has the columns {', '.join(row)}; expected {source.text_column!r} among them. "
+                "Correct 'text_column' of the source."
+            )
         yield f"{source.split}/{number:09d}", row[source.text_column]
 
 
-READERS = {reader.__name__: reader for reader in (dialogue, encyclopaedia, fiction, speeches, recipes, country, news, text, hub)}
+READERS = {
+    reader.__name__: reader
+    for reader in (dialogue, encyclopaedia, fiction, speeches, recipes, country, news, text, hub)
+}

@@ -29,17 +29,17 @@ README_PROFILE = "laptop"
 
 
 def save_table(frame: pd.DataFrame, profile: str, stem: str) -> None:
-    """Write ``results/<profile>/<stem>.csv``: six significant digits, empty cells for what is unknown."""
+    """Write ``results/<profile>/<stem>.csv``: six significant digits, whole numbers in full, empty cells for what is unknown."""
     path = runs.results(profile) / f"{stem}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
+    frame.convert_dtypes().to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
 
 
 class _Formatter(string.Formatter):
     # Adds the format "si": three significant digits and a metric prefix, for counts that span many powers of ten.
     def format_field(self, value, spec):
-        if spec != "si":
-            return super().format_field(value, spec)
+        if spec != "si" or isinstance(value, str):
+            return super().format_field(value, spec.removeprefix("si"))
         power = min(5, max(0, int(np.floor(np.log10(abs(value)) / 3 + 1e-9)))) if value else 0
         short = f"{value / 1000**power:#.3g}".rstrip(".")
         return f"{short} {' kMGTP'[power]}".strip()

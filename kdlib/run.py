@@ -13,6 +13,7 @@ Exit status: 0 done; 1 the notebook failed; 2 the input was wrong; 130, 143 stop
 
 import argparse
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -117,12 +118,14 @@ def run(notebook: str, profile: str, values: dict[str, Any], output: Path | None
 
 def execute(path: Path, output: Path, values: dict[str, Any]) -> int:
     """Execute the notebook at ``path`` with papermill in a kernel of its own; returns the exit status."""
-    if not sys.stderr.isatty():
-        os.environ["KDLIB_BATCH"] = "1"
+    # The kernel inherits it: bars are drawn as text on a terminal, and not at all in the log of a batch job.
+    os.environ["KDLIB_TERMINAL" if sys.stderr.isatty() else "KDLIB_BATCH"] = "1"
     output.parent.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, _stop)
     with _kernel(profiles.REPOSITORY) as kernel:
-        # Imported while the kernel starts in its own process.
+        # Imported while the kernel starts in its own process. The grammar of internationalised addresses takes two seconds
+        # to compile, as long as all the rest, and checks nothing that a notebook holds.
+        sys.modules.setdefault("rfc3987_syntax", None)
         from nbclient.exceptions import DeadKernelError
         from papermill import PapermillExecutionError, execute_notebook
 
@@ -144,7 +147,10 @@ def _report(error: Exception, output: Path) -> int:
     if error.ename == KdlibError.__name__:
         print(error.evalue, file=sys.stderr)
         return 2
-    print("\n".join(error.traceback), f"\nThe notebook as far as it got: {output}", sep="\n", file=sys.stderr)
+    traceback = "\n".join(error.traceback)
+    if not sys.stderr.isatty():
+        traceback = re.sub(r"\x1b\[[0-9;]*m", "", traceback)
+    print(traceback, f"\nThe notebook as far as it got: {output}", sep="\n", file=sys.stderr)
     return 1
 
 

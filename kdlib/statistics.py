@@ -268,7 +268,7 @@ def ece(counts: ArrayLike, confidence_sums: ArrayLike, hits: ArrayLike, total: f
     Networks, 2017, equation 3). Over all (token, probability) pairs, give ``total`` = the number of *tokens* to get
     the error per token.
     """
-    total = np.sum(counts) if total is None else total
+    total = np.asarray(counts).sum() if total is None else total
     return float(np.abs(np.asarray(confidence_sums) - np.asarray(hits)).sum() / total)
 
 

@@ -192,7 +192,7 @@ class DistillationTrainer(Trainer):
                 f"checkpoint is {kept or 'none yet'}. A lower learning_rate or a longer warmup usually helps; with precision=bfloat16, try float32."
             )
         if model.training:
-            self._parts["ce"] += 0.0 if parts.ce is None else parts.ce.item()
+            self._parts["ce"] += parts.ce.item()
             self._parts["kd"] += 0.0 if parts.kd is None else parts.kd.item()
             self._parts["tokens"] += parts.tokens
         # Gradients are averaged over processes, while the normaliser already counts all their tokens.
@@ -246,7 +246,7 @@ class DistillationTrainer(Trainer):
         self.state.log_history.append({"step": self.state.global_step, "loss": loss})
         self._write_row({
             "loss": loss,
-            "ce": parts["ce"] / per_token if self.kd_weight < 1 else "",
+            "ce": parts["ce"] / per_token,
             "kd": parts["kd"] / per_token if self.kd_weight > 0 else "",
             "learning_rate": logs["learning_rate"],
             "memory_bytes": memory_bytes(),

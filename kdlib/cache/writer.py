@@ -167,7 +167,7 @@ def _arrange(positions: np.ndarray, parts: list[dict], kind: str, first: int, la
     rows = positions[order] - first
     arrays = {}
     if kind == "sampled":
-        lengths = joined.pop("lengths")
+        lengths = joined.pop("lengths").astype(np.int64)
         starts = np.cumsum(lengths) - lengths
         sizes = np.zeros(last - first, np.uint32)
         sizes[rows] = lengths[order]

@@ -24,7 +24,7 @@ class LossParts(NamedTuple):
 
     Attributes:
         loss: scalar to call backward on, already divided by the normaliser.
-        ce: sum over tokens of -log s(label), nats, detached; None where the labels have no weight.
+        ce: sum over tokens of -log s(label), nats, detached.
         kd: sum over tokens of tau^2 * KL(t || s), nats, detached; None without targets.
         tokens: number of tokens with a label.
     """
@@ -65,6 +65,16 @@ def linear_distillation_loss(
     Raises:
         KdlibError: sparse targets kept at another temperature, a weight outside 0..1, or a weight without targets.
     """
+    found = {"hidden": len(hidden), "labels": len(labels)}
+    if targets is not None:
+        found["targets"] = len(targets)
+    if hidden.ndim != 2 or len(set(found.values())) > 1:
+        raise KdlibError(
+            f"hidden [T, D], labels [T] and targets must describe the same T tokens, row for row; found {found} rows and "
+            f"hidden of shape {tuple(hidden.shape)}. Flatten a batch [B, T, D] first."
+        )
+    if not temperature > 0:
+        raise KdlibError(f"The temperature must be above 0; found {temperature}.")
     if not 0 <= kd_weight <= 1 or (kd_weight > 0 and targets is None):
         raise KdlibError(
             "kd_weight must lie in 0..1 and needs teacher targets when above 0; "
@@ -88,7 +98,7 @@ def linear_distillation_loss(
     loss, ce, kd = _LinearDistillation.apply(
         hidden[rows], weight, bias, labels[rows], targets, kd_weight, temperature, scale, dtype, chunk_tokens
     )
-    return LossParts(loss, ce if kd_weight < 1 else None, kd if targets is not None else None, len(rows))
+    return LossParts(loss, ce, kd if targets is not None else None, len(rows))
 
 
 class _LinearDistillation(torch.autograd.Function):
@@ -123,9 +133,7 @@ class _LinearDistillation(torch.autograd.Function):
                         grad_weight.addmm_(g.T, h)
                     else:
                         grad_weight += g.T @ h
-        for gradient in (grad_hidden, grad_weight, grad_bias):
-            if gradient is not None:
-                gradient *= scale
+        ctx.scale = scale
         ctx.save_for_backward(
             grad_hidden,
             grad_weight if grad_weight is None else grad_weight.to(weight.dtype),
@@ -143,7 +151,7 @@ class _LinearDistillation(torch.autograd.Function):
                 "The fused loss has no second derivative, and create_graph=True asks for one. Take it from the dense "
                 "definitions in kdlib.losses.reference."
             )
-        return *(None if g is None else g * grad_loss for g in ctx.saved_tensors), *(None,) * 7
+        return *(None if g is None else g * (grad_loss * ctx.scale).to(g.dtype) for g in ctx.saved_tensors), *(None,) * 7
 
 
 def _chunk(
@@ -156,14 +164,15 @@ def _chunk(
         ce = -log_s.gather(1, labels[:, None]).sum()
         return log_s.exp_().scatter_add_(1, labels[:, None], -ones), ce, torch.zeros_like(ce)
     # d(tau^2 KL)/dz = tau * (s - t): one tau cancels against the derivative of z / tau.
-    log_s = torch.log_softmax(logits / temperature if temperature != 1 else logits, dim=-1)
     ce_weight = 1 - kd_weight
-    ce = -log_s.gather(1, labels[:, None]).sum()
-    # At temperature 1 both terms pull on the same softmax, so one pass serves both.
-    shared = ce_weight if temperature == 1 else 0.0
     pull = _pull_sparse if isinstance(targets, SparseTargets) else _pull_dense
-    grad, kd = pull(log_s, targets, kd_weight, temperature, shared)
-    if temperature != 1:
+    if temperature == 1:
+        # Both terms pull on the same softmax, so one pass serves both.
+        log_s = torch.log_softmax(logits, dim=-1)
+        ce = -log_s.gather(1, labels[:, None]).sum()
+        grad, kd = pull(log_s, targets, kd_weight, temperature, ce_weight)
+    else:
+        grad, kd = pull(torch.log_softmax(logits / temperature, dim=-1), targets, kd_weight, temperature, 0.0)
         log_s = torch.log_softmax(logits, dim=-1)
         ce = -log_s.gather(1, labels[:, None]).sum()
         grad.add_(log_s.exp_(), alpha=ce_weight)

@@ -29,6 +29,9 @@ class SparseTargets:
     entropy: Tensor
     temperature: float
 
+    def __len__(self) -> int:
+        return len(self.ids)
+
     def __getitem__(self, rows) -> "SparseTargets":
         tail = None if self.tail is None else self.tail[rows]
         return SparseTargets(self.ids[rows], self.weights[rows], tail, self.entropy[rows], self.temperature)
@@ -53,6 +56,9 @@ class DenseTargets:
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.hidden)
 
     def __getitem__(self, rows) -> "DenseTargets":
         return DenseTargets(self.hidden[rows], self.weight, self.bias)

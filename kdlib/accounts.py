@@ -1,0 +1,129 @@
+"""What was run and what it cost, as tidy tables: settings, corpus, vocabulary, work. Read from finished runs, without torch."""
+
+import numpy as np
+import pandas as pd
+
+from kdlib import comparison, profiles, runs
+
+TEACHERS = {
+    "frozen": "used as it was published, its vocabulary pruned",
+    "lora": "LoRA-adapted to the training text",
+    "full": "fine-tuned on the training text",
+    "scratch": "trained from random weights on the training text",
+}
+TARGETS = {"sampled": "{draws} tokens drawn from its distribution", "topk": "the {top_k} most probable tokens and the mass of the rest"}
+
+
+def setup(profile: str, resamples: int) -> pd.DataFrame:
+    """The study's settings and a few counts, a row each: name, value. What the paper says about its own set-up is looked up here.
+
+    Values are those of the runs (and of the profile they were made from), so they cannot drift from what was done.
+    """
+    table, settings = runs.table(profile), profiles.load(profile)
+    student, targets = settings.student, settings.targets
+    trained = table[(table.kind == "student") & (table.epochs > 0)]
+    text = _of_kind(profile, "corpus")[0].metrics
+    parameters = trained.run.iloc[0].metrics["parameters"]
+    values = {
+        "profile": settings.name,
+        "runs": len(table),
+        "date": max(runs.read_json(run.path / "provenance.json")["started"] for run in table.run)[:10],
+        "device": " and ".join(sorted({run.metrics["cost"]["device"] for run in table.run})),
+        "domains": _listed(list(settings.corpus.domains)),
+        "ood": settings.corpus.ood,
+        "train_tokens": text["card"]["splits"]["train"]["tokens"],
+        "test_tokens": text["card"]["splits"]["test"]["tokens"],
+        "near_duplicates": sum(sum(domain["near_duplicates"].values()) for domain in text["card"]["domains"].values()),
+        "block_length": settings.corpus.block_length,
+        "vocabulary": text["vocabulary"]["size"],
+        "teacher": "a small model" if student.teacher == "scratch" else settings.teacher.source,
+        "adaptation": TEACHERS[student.teacher],
+        "targets": TARGETS[targets.kind].format(**targets.model_dump()),
+        "kd_weight": student.kd_weight,
+        "temperature": student.temperature,
+        "architecture": student.architecture,
+        "layers": student.layers,
+        "hidden_size": student.hidden_size,
+        "parameters": parameters["total"],
+        "non_embedding": parameters["non_embedding"],
+        "epochs": student.epochs,
+        "learning_rate": student.learning_rate,
+        "seeds": trained.seed.nunique(),
+        "members": settings.study.members,
+        "repeats": settings.study.repeats,
+        "resamples": resamples,
+    }
+    return pd.DataFrame({"name": values.keys(), "value": values.values()})
+
+
+def _of_kind(profile: str, kind: str) -> list[runs.Run]:
+    return [run for run in runs.table(profile).run if run.kind == kind]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
+
+
+def corpus(profile: str) -> pd.DataFrame:
+    """The data card as a table: documents, sources, bytes, tokens and licence of every split and domain."""
+    card = _of_kind(profile, "corpus")[0].metrics["card"]
+    return pd.DataFrame(
+        {"split": split, "domain": domain, **counts, "licence": card["domains"][domain]["licence"]}
+        for split, values in card["splits"].items()
+        for domain, counts in values["domains"].items()
+    )
+
+
+def vocabulary(profile: str) -> pd.DataFrame:
+    """Bits per byte of test text of the teacher before its vocabulary was pruned, after, and after adaptation.
+
+    A study whose teacher has a vocabulary of its own has no row "before".
+    """
+    size, rows = _of_kind(profile, "corpus")[0].metrics["vocabulary"], []
+    for run in _of_kind(profile, "teacher"):
+        metrics = run.metrics
+        if whole := metrics.get("unpruned"):
+            unpruned = {"teacher": "teacher (as published)", "vocabulary": size["teacher_size"], "bits_per_byte": whole["test"]["bits_per_byte"]}
+            rows.append(unpruned)
+        pruned = {"teacher": comparison.TEACHERS[run.settings["parameters"]["adaptation"]], "vocabulary": size["size"]}
+        rows.append(pruned | {"bits_per_byte": metrics["evaluation"]["test"]["bits_per_byte"]})
+    return pd.DataFrame(rows)
+
+
+def cost(profile: str) -> pd.DataFrame:
+    """Work and quality of every method, and of writing targets, a row each, averaged over runs.
+
+    ``flops``, ``tokens``, ``seconds``, ``peak_memory_bytes`` and ``tokens_per_second`` are of training (of writing, for targets), summed over the
+    members of an ensemble except memory (the largest) and speed (all tokens by all seconds). ``total_flops`` adds what the teacher
+    computed for the targets. ``nll`` is on test text.
+    """
+    models = comparison.models(profile)
+    rows = [_written(run) for run in _of_kind(profile, "targets")]
+    for method, group in models[models.objective != "untrained"].groupby("method", sort=False):
+        work = pd.DataFrame([_work(row, models) for _, row in group.iterrows()]).mean()
+        metrics = group.run.iloc[0].metrics
+        size = {"parameters": metrics["parameters"]["total"], "non_embedding": metrics["parameters"]["non_embedding"]}
+        nll = np.mean([run.metrics["evaluation"]["test"]["nll"] for run in group.run])
+        rows.append({"what": method, "runs": len(group), **size, **work, "total_flops": group.flops.mean(), "nll": nll})
+    return pd.DataFrame(rows).assign(tokens_per_second=lambda table: table.tokens / table.seconds)
+
+
+def _written(run: runs.Run) -> dict:
+    metrics = run.metrics
+    seconds = metrics["tokens"] / metrics["tokens_per_second"]
+    found = {name: metrics[name] for name in ("tokens", "flops", "bytes_per_token")}
+    return {"what": "writing targets", "runs": 1, "seconds": seconds, "peak_memory_bytes": _peak(metrics["cost"]), **found}
+
+
+def _work(row: pd.Series, models: pd.DataFrame) -> dict:
+    parts = [models.run[member] for member in row.members] or [row.run]
+    training = [part.metrics["training"] for part in parts]
+    names = ("tokens", "seconds", "flops")
+    if None in training:
+        return dict.fromkeys((*names, "peak_memory_bytes"), np.nan)
+    summed = {name: sum(part[name] for part in training) for name in names}
+    return summed | {"peak_memory_bytes": max(part["peak_memory_bytes"] for part in training)}
+
+
+def _peak(cost: dict) -> int:
+    return cost.get("peak_device_bytes", cost["peak_memory_bytes"])
