@@ -1,9 +1,11 @@
 """What was run and what it cost, as tidy tables: settings, corpus, vocabulary, work. Read from finished runs, without torch."""
 
+from inspect import signature
+
 import numpy as np
 import pandas as pd
 
-from kdlib import comparison, profiles, runs
+from kdlib import comparison, profiles, runs, statistics
 
 TEACHERS = {
     "frozen": "used as it was published, its vocabulary pruned",
@@ -52,6 +54,7 @@ def setup(profile: str, resamples: int) -> pd.DataFrame:
         "members": settings.study.members,
         "repeats": settings.study.repeats,
         "resamples": resamples,
+        "minimum": signature(statistics.claim).parameters["minimum"].default,
     }
     return pd.DataFrame({"name": values.keys(), "value": values.values()})
 

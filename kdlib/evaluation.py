@@ -64,7 +64,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate one model, or a list of members under ``pool`` ("probability" or "logit"), on every split.
 
-    An ``EnsembleForCausalLM`` stands for its members and its pool. ``temperature``: None fits it on
+    An ``EnsembleForCausalLM`` stands for its members and its pool, uncalibrated. ``temperature``: None fits it on
     ``splits["calibration"]``. ``batch_size``: rows of ``block_length`` positions in one forward pass. ``autocast``:
     dtype of the matrix products, None for the models' own. Every module comes back in the mode (train or eval) it was
     in. Raises KdlibError for several models without a pool, unlike vocabularies, a missing calibration split, an
@@ -159,15 +159,14 @@ def fit_temperature(chunks: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> fl
     NLL is convex with slope Σ (E_β[log p] − log p(y)) and curvature Σ Var_β[log p], so Newton steps, kept in a
     bracket by bisection, converge in a handful of passes. (Temperature scaling: Guo et al. 2017, section 4.2.)
     """
-    low, high = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
-    beta = 1.0
+    low, high, beta = 0.0, math.inf, 1.0
     while True:
         slope = curvature = 0.0
         for scores, targets in chunks():
-            p = functional.softmax(beta * scores, dim=-1)
-            mean = torch.linalg.vecdot(p, scores)
+            weighted = functional.softmax(beta * scores, dim=-1).mul_(scores)
+            mean, square = weighted.sum(dim=-1), torch.einsum("cv,cv->c", weighted, scores)
             slope += (mean - _at(scores, targets)).sum(dtype=torch.float64).item()
-            curvature += (torch.linalg.vecdot(p, scores.square()) - mean.square()).sum(dtype=torch.float64).item()
+            curvature += (square - mean.square()).sum(dtype=torch.float64).item()
         if not math.isfinite(slope):
             raise KdlibError(
                 "A temperature can only be fitted to finite log-probabilities; found NaN or infinity. The model "
@@ -177,8 +176,10 @@ def fit_temperature(chunks: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> fl
         if slope == 0:
             return 1 / beta
         low, high = (low, beta) if slope > 0 else (beta, high)
-        newton = beta - slope / curvature if curvature > 0 else low
-        proposal = newton if low < newton < high else math.sqrt(low * high)
+        newton = beta - slope / curvature if curvature > 0 else -math.copysign(math.inf, slope)
+        newton = min(max(newton, 1 / TEMPERATURES[1]), 1 / TEMPERATURES[0])
+        # Outside the bracket only if both its ends have been tried, or at an end of the range that was just tried.
+        proposal = newton if low < newton < high or newton == beta else math.sqrt(low * high)
         if abs(proposal - beta) <= 1e-5 * beta:
             return 1 / proposal
         beta = proposal
@@ -197,9 +198,8 @@ def _measure(name: str, chunks: _Chunks, temperature: float) -> dict[str, Any]:
         hit = pooled.argmax(dim=-1) == targets
         parts["correct"].append(hit)
         for kind, scores in (("raw", pooled), ("calibrated", log_probs(pooled / temperature))):
-            p = scores.exp()
-            _count(histograms[kind][""], p.amax(dim=-1), hit)
-            _count_pairs(histograms[kind]["full_"], p, targets)
+            _count(histograms[kind][""], scores.amax(dim=-1).exp(), hit)
+            _count_pairs(histograms[kind]["full_"], scores, targets)
             parts[kind].append(_at(scores, targets))
         if chunks.pool is not None:
             labels = members.gather(-1, targets.expand(len(members), -1)[..., None])[..., 0]
@@ -229,25 +229,24 @@ def _at(scores: Tensor, targets: Tensor) -> Tensor:
     return scores.gather(-1, targets[:, None])[:, 0]
 
 
-def _edges(like: Tensor) -> Tensor:
-    return torch.arange(1, BINS, dtype=like.dtype, device=like.device) / BINS
-
-
 def _count(histogram: Tensor, p: Tensor, hit: Tensor) -> None:
     """Add probabilities [n], and whether each came true, to a histogram: FIELDS x bins."""
     # A product with the one-hot bins sums in a fixed order; bincount with weights does not on a GPU.
-    bins = functional.one_hot(torch.bucketize(p, _edges(p)), BINS).double()
+    edges = torch.arange(1, BINS, dtype=p.dtype, device=p.device) / BINS
+    bins = functional.one_hot(torch.bucketize(p, edges), BINS).double()
     histogram += torch.stack([torch.ones_like(p), p, hit.to(p)]).double() @ bins
 
 
-def _count_pairs(histogram: Tensor, p: Tensor, targets: Tensor) -> None:
-    """The same for all pairs of [c, V]: at most 14 a row leave the first bin, which gets the rest of the row's 1."""
-    row, token = (p > _edges(p)[0]).nonzero(as_tuple=True)
-    upper, hit = p[row, token], targets[row] == token
+def _count_pairs(histogram: Tensor, scores: Tensor, targets: Tensor) -> None:
+    """The same for all pairs of log-probabilities [c, V]: at most 14 of a row lie above the first bin, which gets the
+    rest of the row's 1.
+    """
+    row, token = (scores > math.log(1 / BINS)).nonzero(as_tuple=True)
+    upper, hit = scores[row, token].exp(), targets[row] == token
     _count(histogram, upper, hit)
-    histogram[0, 0] += p.numel() - len(upper)
-    histogram[1, 0] += len(p) - upper.sum(dtype=torch.float64)
-    histogram[2, 0] += len(p) - hit.sum()
+    histogram[0, 0] += scores.numel() - len(upper)
+    histogram[1, 0] += len(scores) - upper.sum(dtype=torch.float64)
+    histogram[2, 0] += len(scores) - hit.sum()
 
 
 def _report(

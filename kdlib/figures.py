@@ -54,12 +54,14 @@ def dots(axis: Axes, frame: pd.DataFrame, label: str, value: str, limits: tuple[
 
 def label_points(axis: Axes, names: list[str], x: list[float], y: list[float]) -> None:
     """Names beside points, in the colours of their methods, moved apart vertically where they would overlap."""
-    order = np.argsort(y)
-    bottom, top = axis.get_ylim()
-    gap, previous = 0.065 * (top - bottom), -np.inf
-    for i in order:
-        previous = max(y[i], previous + gap)
-        axis.annotate(names[i], (x[i], previous), (5, 0), textcoords="offset points", va="center", color=colour(names[i]), fontsize=7.5)
+    order, (bottom, top) = np.argsort(y), axis.get_ylim()
+    places, gap = np.array(y, dtype=float)[order], 0.065 * (top - bottom)
+    for _ in range(50):
+        overlap = np.maximum(0, gap - np.diff(places)) / 2
+        places[:-1] -= overlap
+        places[1:] += overlap
+    for i, place in zip(order, places, strict=True):
+        axis.annotate(names[i], (x[i], place), (5, 0), textcoords="offset points", va="center", color=colour(names[i]), fontsize=7.5)
 
 
 def learning_curve(run: runs.Run) -> None:

@@ -90,7 +90,8 @@ def step(values: Parameters, label: str = "") -> Step:
             inputs["targets"] = step(parameters("03_targets", profile, teacher=values.teacher))
         elif values.objective == "online_kd":
             inputs["teacher"] = step(parameters("02_teacher", profile, adaptation=values.teacher))
-        return Step(kind, values, inputs, label or f"student {values.objective} seed {values.seed}")
+        name = values.objective if values.epochs else "untrained"
+        return Step(kind, values, inputs, label or f"student {name} seed {values.seed}")
     for seed in values.seeds:
         inputs[f"member {seed}"] = step(parameters("04_student", profile, **{**values.student, "seed": seed}))
     return Step(kind, values, inputs, label or f"ensemble of {len(values.seeds)}, {values.pool} pool")

@@ -10,15 +10,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from kdlib import corpus, documents, models, runs, sources, vocabulary
+from kdlib import corpus, documents, models, progress, runs, sources, vocabulary
 from kdlib.cache import TargetCache, write_targets
 from kdlib.cache.reader import guard
 from kdlib.ensemble.model import EnsembleForCausalLM
 from kdlib.evaluation import Evaluation, evaluate
 from kdlib.plan import Step
 from kdlib.training import DistillationTrainer
+
+if progress.batch():
+    transformers.utils.logging.disable_progress_bar()
 
 SPLITS = ("validation", "calibration", "test", "ood")
 
@@ -247,16 +251,19 @@ PRODUCERS: dict[str, Callable[[Step, dict, Path], dict]] = {
 
 
 if __name__ == "__main__":
-    # A whole study in one process: no pipeline engine, one warm compile cache. For a GPU node or a batch job.
+    # Without a pipeline engine: one process and one warm compile cache, or several side by side on a large GPU.
     import argparse
 
     from kdlib import plan
 
-    parser = argparse.ArgumentParser(description="Make every run of a profile's study in this process; what exists is kept.")
+    parser = argparse.ArgumentParser(description="Make the runs of a profile's study in this process; what exists is kept.")
     parser.add_argument("--profile", required=True)
-    profile = parser.parse_args().profile
-    plan.write(profile)
-    study = plan.study(profile)
-    for number, one in enumerate(study, 1):
+    parser.add_argument("--kinds", nargs="+", choices=list(PRODUCERS), default=list(PRODUCERS), help="only runs of these kinds")
+    parser.add_argument("--share", default="0/1", help="I/N: only every N-th of them, from the I-th; for N processes side by side")
+    options = parser.parse_args()
+    first, every = map(int, options.share.split("/"))
+    plan.write(options.profile)
+    mine = [one for one in plan.study(options.profile) if one.kind in options.kinds][first::every]
+    for number, one in enumerate(mine, 1):
         started = time.perf_counter()
-        print(f"[{number}/{len(study)}] {one.label}: {make(one).id} ({time.perf_counter() - started:.0f} s)", flush=True)
+        print(f"[{number}/{len(mine)}] {one.label}: {make(one).id} ({time.perf_counter() - started:.0f} s)", flush=True)

@@ -9,5 +9,9 @@ from tqdm.auto import tqdm
 
 def bar(iterable: Iterable | None = None, description: str = "", **options) -> tqdm:
     """A tqdm bar (``options`` are tqdm's); silent where ``KDLIB_BATCH`` is set and standard error is no terminal."""
-    batch = bool(os.environ.get("KDLIB_BATCH")) and not sys.stderr.isatty()
-    return tqdm(iterable, desc=description, disable=batch, leave=False, **options)
+    return tqdm(iterable, desc=description, disable=batch(), leave=False, **options)
+
+
+def batch() -> bool:
+    """Whether the output goes to a log, where bars would only be noise."""
+    return bool(os.environ.get("KDLIB_BATCH")) and not sys.stderr.isatty()

@@ -148,12 +148,14 @@ def recipes(path: Path, source: Source) -> Named:
     for _, book in _json(path, source):
         for name, recipe in sorted(book.items()):
             about = [
-                f"{label}: {recipe[key]}" for key, label in (("servings", "Serves"), ("time", "Time")) if recipe[key]
+                f"{label}: {_listed(recipe[key])}"
+                for key, label in (("servings", "Serves"), ("time", "Time"))
+                if recipe[key]
             ]
             ingredients = [f"- {text}" for text in map(_listed, recipe["ingredients"]) if text]
             steps = [text for text in map(_listed, recipe["steps"]) if text]
             steps = [f"{number}. {text}" for number, text in enumerate(steps, 1)]
-            parts = [[recipe["title"]], about, ["Ingredients:", *ingredients], ["Method:", *steps]]
+            parts = [[_listed(recipe["title"])], about, ["Ingredients:", *ingredients], ["Method:", *steps]]
             yield name.removeprefix("Cookbook:"), "\n\n".join("\n".join(part) for part in parts if part)
 
 
@@ -197,7 +199,7 @@ def news(path: Path, source: Source) -> Named:
             table = _decode("NewsArticles.csv", archive.read("NewsArticles.csv"))
         for row in csv.DictReader(io.StringIO(table)):
             text = f"{row['title']}\n\n{_without_markup(row['text'])}"
-            if not re.search(r'"\?|\w\?\w|\ufffd', text):
+            if row["text"].strip() and not re.search(r'"\?|\w\?\w|\ufffd', text):
                 yield row["article_id"], text
 
 

@@ -127,6 +127,8 @@ class DistillationTrainer(Trainer):
             # Two, because a process killed while it saves leaves the newest one unusable.
             save_total_limit=2,
             remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            disable_tqdm=True,
             report_to="none",
         )
         super().__init__(

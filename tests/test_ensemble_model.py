@@ -26,7 +26,13 @@ VOCABULARY = 53
 
 def member(seed, **changes):
     torch.manual_seed(seed)
-    common = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "initializer_range": 0.3}
+    common = {
+        "vocab_size": VOCABULARY,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "initializer_range": 0.3,
+    }
     if changes.pop("architecture", "llama") == "gpt2":
         config = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=48, **common | changes)
     else:
@@ -37,7 +43,11 @@ def member(seed, **changes):
 
 
 def unlike_members():
-    return [member(0), member(1, hidden_size=24, num_hidden_layers=1, tie_word_embeddings=False), member(2, architecture="gpt2")]
+    return [
+        member(0),
+        member(1, hidden_size=24, num_hidden_layers=1, tie_word_embeddings=False),
+        member(2, architecture="gpt2"),
+    ]
 
 
 def text(rows=2, length=9):
@@ -68,7 +78,9 @@ def test_loss_is_the_cross_entropy_of_the_next_token_with_ignored_labels_left_ou
     labels = ids.clone()
     labels[0, :4] = -100
     found = EnsembleForCausalLM.from_members(unlike_members())(ids, labels=labels)
-    by_hand = [-found.logits[row, i, ids[row, i + 1]] for row in range(2) for i in range(8) if labels[row, i + 1] != -100]
+    by_hand = [
+        -found.logits[row, i, ids[row, i + 1]] for row in range(2) for i in range(8) if labels[row, i + 1] != -100
+    ]
     assert len(by_hand) == 13
     assert found.loss.item() == pytest.approx(torch.stack(by_hand).mean().item(), rel=1e-6)
 
@@ -77,7 +89,9 @@ def test_loss_is_the_cross_entropy_of_the_next_token_with_ignored_labels_left_ou
 def test_an_ensemble_of_one_generates_what_its_member_generates(pool):
     one, ids = member(0), text()
     options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(ids), "eos_token_id": -1}
-    assert torch.equal(EnsembleForCausalLM.from_members([one], pool).generate(ids, **options), one.generate(ids, **options))
+    assert torch.equal(
+        EnsembleForCausalLM.from_members([one], pool).generate(ids, **options), one.generate(ids, **options)
+    )
 
 
 @pytest.mark.parametrize("search", [{"num_beams": 1}, {"num_beams": 3}])
@@ -176,13 +190,18 @@ def test_training_the_ensemble_reaches_every_member():
 
 
 def tokenizer(*tokens):
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)})))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}))
+    )
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: EnsembleForCausalLM.from_members([member(0), member(1, vocab_size=54)]), "vocab_size differs: .53, 54"),
+        (
+            lambda: EnsembleForCausalLM.from_members([member(0), member(1, vocab_size=54)]),
+            "vocab_size differs: .53, 54",
+        ),
         (lambda: EnsembleForCausalLM.from_members([member(0), member(1, eos_token_id=2)]), "eos_token_id differs"),
         (lambda: EnsembleForCausalLM.from_members([member(0), member(1).bfloat16()]), "dtype differs"),
         (lambda: EnsembleForCausalLM.from_members([]), "at least one member"),
@@ -190,7 +209,9 @@ def tokenizer(*tokens):
         (lambda: EnsembleForCausalLM.from_members([member(0)], "median"), "probability"),
         (lambda: EnsembleForCausalLM.from_members([member(0)], temperature=0.0), "positive"),
         (
-            lambda: EnsembleForCausalLM.from_members([member(0)] * 2, tokenizers=[tokenizer("a", "b"), tokenizer("b", "a")]),
+            lambda: EnsembleForCausalLM.from_members(
+                [member(0)] * 2, tokenizers=[tokenizer("a", "b"), tokenizer("b", "a")]
+            ),
             r"one tokenizer.*members \[1\] differ",
         ),
     ],

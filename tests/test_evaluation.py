@@ -1,5 +1,6 @@
 """Every number of an evaluation against a plain computation, window by window and bin by bin."""
 
+import gc
 import itertools
 import json
 import math
@@ -50,7 +51,7 @@ def splits(*names):
 
 @torch.no_grad()
 def window_log_probs(one, data):
-    """What transformers itself computes: each window alone, one forward pass a window, in split order [positions, V]."""
+    """What transformers itself computes, one forward pass a window, in split order [positions, V]."""
     parts = []
     for start, end in itertools.pairwise(data.offsets):
         for first in range(start, end - 1, BLOCK):
@@ -99,7 +100,9 @@ def test_split_metrics_are_token_weighted_and_perplexity_is_the_exponential_of_t
         assert metrics["nll"] == pytest.approx(rows.nll.sum() / rows.tokens.sum(), rel=1e-12)
         assert metrics["perplexity"] == pytest.approx(math.exp(metrics["nll"]), rel=1e-12)
         assert metrics["perplexity"] != pytest.approx(np.exp(rows.nll / rows.tokens).mean(), rel=1e-3)
-        assert metrics["bits_per_byte"] == pytest.approx(rows.nll.sum() / math.log(2) / part.documents.bytes.sum(), rel=1e-12)
+        assert metrics["bits_per_byte"] == pytest.approx(
+            rows.nll.sum() / math.log(2) / part.documents.bytes.sum(), rel=1e-12
+        )
         assert metrics["accuracy"] == rows.correct.sum() / rows.tokens.sum()
         assert (metrics["tokens"], metrics["bytes"], metrics["documents"]) == (
             len(predicting_positions(part)), part.documents.bytes.sum(), 9,
@@ -125,7 +128,9 @@ def test_calibration_errors_equal_a_naive_loop_over_positions_and_over_all_pairs
         metrics, bins = found.metrics["evaluation"]["test"], found.metrics["reliability"]["test"][kind]
         assert metrics[f"ece{suffix}"] == pytest.approx(ece(*top), abs=1e-6)
         assert metrics[f"full_ece{suffix}"] == pytest.approx(ece(*pairs, total=len(targets)), abs=1e-5)
-        assert metrics[f"nll{suffix}"] == pytest.approx(-p.log()[torch.arange(len(targets)), targets].mean().item(), rel=1e-5)
+        assert metrics[f"nll{suffix}"] == pytest.approx(
+            -p.log()[torch.arange(len(targets)), targets].mean().item(), rel=1e-5
+        )
         assert bins["counts"] == top[0].tolist() and bins["full_counts"] == pairs[0].tolist()
         assert bins["hits"] == top[2].tolist() and bins["full_hits"] == pairs[2].tolist()
         assert np.allclose(bins["full_confidence_sums"], pairs[1], atol=1e-4)
@@ -163,7 +168,7 @@ def test_a_calibrated_simulator_has_a_calibration_error_that_vanishes_with_n():
         labels = torch.multinomial(p, 1, generator=generator)[:, 0]
         top, pairs = torch.zeros(3, evaluation.BINS).double(), torch.zeros(3, evaluation.BINS).double()
         evaluation._count(top, p.amax(-1), p.argmax(-1) == labels)
-        evaluation._count_pairs(pairs, p, labels)
+        evaluation._count_pairs(pairs, p.log(), labels)
         errors.append((ece(*top), ece(*pairs, total=n)))
     assert errors[0][0] > 0.03 and errors[0][1] > 0.05
     assert errors[1][0] < 0.015 and errors[1][1] < 0.02
@@ -215,7 +220,9 @@ def test_ambiguity_is_the_gap_between_the_mean_member_and_the_pool(pool):
 
 
 def test_identical_members_gain_nothing():
-    found = evaluate([model(0), model(0)], splits("calibration"), BLOCK, pool="probability").metrics["pool"]["calibration"]
+    found = evaluate([model(0), model(0)], splits("calibration"), BLOCK, pool="probability").metrics["pool"][
+        "calibration"
+    ]
     assert abs(found["ambiguity_probability"]) < 1e-6 and abs(found["ambiguity_logit"]) < 1e-6
 
 
@@ -287,6 +294,19 @@ def test_every_module_gets_its_own_mode_back_and_dropout_plays_no_part():
     with pytest.raises(RuntimeError, match="interrupted"):
         evaluate(one, {"calibration": Interrupted(**vars(data["calibration"]))}, BLOCK)
     assert [module.training for module in one.modules()] == flags
+
+
+def live_tensors():
+    gc.collect()
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+
+def test_nothing_of_an_evaluation_stays_in_memory():
+    data, one = splits("calibration", "test"), model(0)
+    evaluate(one, data, BLOCK)
+    before = live_tensors()
+    evaluate(one, data, BLOCK)
+    assert live_tensors() == before
 
 
 class Interrupted(Split):

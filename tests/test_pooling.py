@@ -93,7 +93,10 @@ def test_an_observed_label_is_a_target_with_all_its_mass_on_one_token():
     members, labels = log_probs(some_logits()), torch.arange(7)
     one_hot = functional.one_hot(labels, 11).double()
     assert close(label_ambiguity(members[:, labels, labels]), probability_ambiguity(members, one_hot))
-    assert close(label_ambiguity(members[:, labels, labels]), probability_pool(members)[labels, labels] - members[:, labels, labels].mean(0))
+    assert close(
+        label_ambiguity(members[:, labels, labels]),
+        probability_pool(members)[labels, labels] - members[:, labels, labels].mean(0),
+    )
 
 
 def test_a_target_of_zero_takes_no_part_even_where_a_member_excludes_the_token():

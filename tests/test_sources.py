@@ -43,7 +43,7 @@ def make_zip(path: Path, members: dict[str, str | bytes], modes: dict[str, int] 
 
 @pytest.fixture
 def index(tmp_path, monkeypatch):
-    """A package index of one wheel: `python -m pip download` finds a stand-in for pip that copies it and keeps a log."""
+    """A package index of one wheel: `python -m pip download` finds a stand-in that copies it and keeps a log."""
     (tmp_path / "fake" / "pip").mkdir(parents=True)
     (tmp_path / "fake" / "pip" / "__main__.py").write_text(FAKE_PIP)
     (tmp_path / "fake" / "pip" / "__init__.py").touch()  # a plain folder would lose against the real pip
@@ -129,11 +129,13 @@ def test_a_failed_download_says_what_is_needed_and_where_to_put_it(index, tmp_pa
 def test_processes_that_fetch_the_same_wheel_at_once_all_get_it_whole(index, tmp_path):
     script = (
         "import sys, hashlib; from kdlib import sources;"
-        f"source = sources.WheelSource(package='carrier', version='1.0', licence='none', sha256={pinned(index).sha256!r});"
+        f"pin = {pinned(index).sha256!r};"
+        "source = sources.WheelSource(package='carrier', version='1.0', licence='none', sha256=pin);"
         "print(hashlib.sha256(sources.fetch(source).read_bytes()).hexdigest())"
     )
     processes = [
-        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) for _ in range(4)
+        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
+        for _ in range(4)
     ]
     found = {process.communicate()[0].strip() for process in processes}
     assert found == {pinned(index).sha256}
@@ -219,7 +221,6 @@ def test_the_identity_of_local_text_is_its_content_not_its_place(tmp_path):
 
 
 def test_a_hub_source_out_of_reach_names_what_the_profile_needs(tmp_path, monkeypatch):
-    import huggingface_hub
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -230,7 +231,6 @@ def test_a_hub_source_out_of_reach_names_what_the_profile_needs(tmp_path, monkey
 
 def test_a_hub_source_already_in_the_cache_needs_no_network(tmp_path, monkeypatch):
     import huggingface_hub
-    from huggingface_hub import constants
 
     calls = []
 
@@ -278,7 +278,8 @@ def test_importing_sources_does_not_import_torch():
 
 def test_the_real_carriers_in_this_cache_are_the_pinned_ones():
     present = [
-        source for source in sources.catalogue().values()
+        source
+        for source in sources.catalogue().values()
         if source.kind == "wheel" and sources._find_wheel(sources.cache_folder(), source)
     ]
     if not present:

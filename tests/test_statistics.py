@@ -14,7 +14,7 @@ from kdlib.errors import KdlibError
 
 
 def correlated_documents(rng, sources=25, effect=0.0):
-    """Two models of equal quality (plus ``effect``) whose differences are alike within a source; documents of unequal length."""
+    """Two models of equal quality (plus ``effect``) whose differences are alike within a source."""
     source = np.repeat(np.arange(sources), rng.geometric(0.3, sources))
     tokens = np.round(np.exp(rng.normal(5, 1, source.size))) + 1
     per_token = effect + rng.normal(0, 0.1, sources)[source] + rng.normal(0, 0.05, source.size)
@@ -58,13 +58,15 @@ def test_a_null_of_correlated_documents_is_rejected_at_the_nominal_rate_where_na
 
 def test_a_bootstrap_over_tokens_would_reject_a_true_null_most_of_the_time():
     rng = np.random.default_rng(2)
-    sources, tokens_each, rejected, by_token = 20, 200, 0, 0
+    sources, tokens_each, rejected, by_token = 20, 100, 0, 0
     for seed in range(100):
         difference = rng.normal(0, 0.1, (sources, 1)) + rng.normal(0, 0.3, (sources, tokens_each))
         ones, zero = np.ones(difference.size), np.zeros(difference.size)
         source = np.repeat(np.arange(sources), tokens_each)
         rejected += statistics.paired_bootstrap(difference.ravel(), zero, ones, source, 200, seed).p_value <= 0.05
-        by_token += statistics.paired_bootstrap(difference.ravel(), zero, ones, np.arange(ones.size), 200, seed).p_value <= 0.05
+        by_token += (
+            statistics.paired_bootstrap(difference.ravel(), zero, ones, np.arange(ones.size), 200, seed).p_value <= 0.05
+        )
     assert rejected <= 12 and by_token >= 50
 
 
@@ -84,7 +86,8 @@ def test_seeds_are_resampled_too_so_that_seed_noise_alone_is_no_finding(seeds_a,
         tokens = np.round(np.exp(rng.normal(6, 1, sources)))
         text = rng.normal(4, 0.3, sources)
         a, b = (
-            tokens * (text + rng.normal(0, 0.05, (n, 1)) + rng.normal(0, 0.03, (n, sources))) for n in (seeds_a, seeds_b)
+            tokens * (text + rng.normal(0, 0.05, (n, 1)) + rng.normal(0, 0.03, (n, sources)))
+            for n in (seeds_a, seeds_b)
         )
         rejected += statistics.seed_bootstrap(a, b, tokens, 300, seed).p_value <= 0.05
         one_pair += statistics.paired_bootstrap(a[0], b[0], tokens, np.arange(sources), 300, seed).p_value <= 0.05
@@ -134,14 +137,18 @@ def test_holm_intervals_exclude_zero_exactly_where_holm_rejects_and_are_never_na
     rng = np.random.default_rng(9)
     for seed in range(20):
         effects = rng.uniform(-0.15, 0.15, 6)
-        family = [statistics.paired_bootstrap(*correlated_documents(rng, effect=e), resamples=999, seed=seed) for e in effects]
+        family = [
+            statistics.paired_bootstrap(*correlated_documents(rng, effect=e), resamples=999, seed=seed) for e in effects
+        ]
         for before, after in zip(family, statistics.holm_intervals(family), strict=True):
             assert (after.low > 0 or after.high < 0) == (after.p_value <= 0.05)
             assert after.low <= before.low and before.high <= after.high
 
 
 def comparison(difference, half):
-    return statistics.Comparison(difference, difference - half, difference + half, 0.01, half / 2, 0.95, 50, 999, np.zeros(0))
+    return statistics.Comparison(
+        difference, difference - half, difference + half, 0.01, half / 2, 0.95, 50, 999, np.zeros(0)
+    )
 
 
 @pytest.mark.parametrize(
@@ -157,7 +164,9 @@ def comparison(difference, half):
         (-0.02, 0.01, float("nan"), "undecided"),  # one seed
     ],
 )
-def test_a_claim_needs_an_interval_off_zero_and_a_gain_beyond_the_minimum_and_the_seeds(difference, half, seed_error, verdict):
+def test_a_claim_needs_an_interval_off_zero_and_a_gain_beyond_the_minimum_and_the_seeds(
+    difference, half, seed_error, verdict
+):
     found = statistics.claim(comparison(difference, half), seed_error)
     assert found.verdict == verdict and found.reason
 
@@ -220,7 +229,9 @@ def test_data_that_cannot_be_compared_are_refused(call, message):
 
 
 def test_statistics_need_no_torch():
-    subprocess.run([sys.executable, "-c", "import sys, kdlib.statistics; assert 'torch' not in sys.modules"], check=True)
+    subprocess.run(
+        [sys.executable, "-c", "import sys, kdlib.statistics; assert 'torch' not in sys.modules"], check=True
+    )
     tree = ast.parse(Path(statistics.__file__).read_text())
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {name for name in imported if name.startswith("kdlib")} == {"kdlib.errors"}

@@ -3,6 +3,10 @@
 Every function takes log-probabilities [K, ..., V], members first, and computes in float32, or in float64 if given it.
 """
 
+import functools
+import math
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -24,14 +28,14 @@ def probability_pool(log_probs: Tensor, weights: Tensor | None = None) -> Tensor
     log_probs = _wide(log_probs)
     members = len(log_probs)
     if weights is None:
-        return torch.logsumexp(log_probs, dim=0) - torch.log(log_probs.new_tensor(members))
+        return _sum(log_probs) - math.log(members)
     weights = weights.to(log_probs)
     if weights.shape != (members,) or (weights < 0).any() or not torch.isclose(weights.sum(), weights.new_ones(())):
         raise KdlibError(
             f"Pool weights must be {members} non-negative numbers that sum to 1, one for each member; found shape "
             f"{tuple(weights.shape)}, minimum {weights.min():.3g}, sum {weights.sum():.6g}. Normalise them first."
         )
-    return torch.logsumexp(log_probs + weights.log().view(-1, *[1] * (log_probs.ndim - 1)), dim=0)
+    return _sum(one + weight for one, weight in zip(log_probs, weights.log(), strict=True))
 
 
 def logit_pool(log_probs: Tensor) -> Tensor:
@@ -67,6 +71,11 @@ def probability_ambiguity(log_probs: Tensor, target: Tensor) -> Tensor:
 def label_ambiguity(target_log_probs: Tensor) -> Tensor:
     """log p̄(y) − mean_k log p_k(y) ≥ 0 from the members' log-probabilities of the observed labels [K, ...]."""
     return probability_pool(target_log_probs) - _wide(target_log_probs).mean(dim=0)
+
+
+def _sum(log_probs: Iterable[Tensor]) -> Tensor:
+    # Member by member: on a CPU a logsumexp over the first dimension takes four times as long.
+    return functools.reduce(torch.logaddexp, log_probs)
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -1,0 +1,149 @@
+"""Builds the paper of a profile from its results: numbers, tables and findings as LaTeX, then the PDF. Trains nothing.
+
+    python -m kdlib.paper --profile laptop
+
+``paper/generated/<profile>/`` receives the LaTeX, ``paper/build/<profile>/`` everything one would submit, and
+``paper/kdlib-<profile>.pdf`` the result. The system's pdflatex is used if there is one, else a TinyTeX that is downloaded
+as data. The README is redrawn with the profile it shows.
+"""
+
+import argparse
+import calendar
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from kdlib import figures, profiles, report, runs, sources
+from kdlib.errors import KdlibError
+
+SOURCE = profiles.REPOSITORY / "paper"
+FINDINGS = ("objectives_differences", "methods_differences")
+TINYTEX = {"linux-x86_64": "x86_64-linux", "darwin-x86_64": "universal-darwin", "darwin-arm64": "universal-darwin"}
+
+
+def missing(profile: str) -> list[Path]:
+    """Analysis outputs that the paper needs and that are not there."""
+    tables, drawn = runs.results(profile), figures.folder(profile)
+    wanted = [tables / "numbers" / f"{notebook}.json" for notebook in report.ANALYSES]
+    for stems, pictures in report.ANALYSES.values():
+        wanted += [tables / f"{stem}.csv" for stem in stems] + [drawn / f"{stem}.pdf" for stem in pictures]
+    return [path for path in wanted if not path.is_file()]
+
+
+def generate(profile: str) -> Path:
+    r"""Write ``numbers.tex`` and the tables and findings that ``main.tex`` reads; returns their folder.
+
+    Raises:
+        KdlibError: an analysis has not been run, or ``main.tex`` shows a number that this profile does not have.
+    """
+    if absent := missing(profile):
+        shown = ", ".join(str(path) for path in absent[:4]) + (" …" if len(absent) > 4 else "")
+        name = Path(profile).stem
+        raise KdlibError(
+            f"The paper of profile {name!r} needs {len(absent)} files that its analyses have not written: {shown}. "
+            f"Write them with: make paper PROFILE={name}"
+        )
+    found = report.numbers(profile)
+    if unknown := sorted(set(re.findall(r"\\result\{([^}#]+)\}", (SOURCE / "main.tex").read_text())) - set(found)):
+        raise KdlibError(
+            f"paper/main.tex shows numbers that profile {profile!r} does not have: {', '.join(unknown)}. The study must hold both "
+            "objectives, ce and kd, and the probability pool."
+        )
+    folder = runs.home() / "paper" / "generated" / Path(profile).stem
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "numbers.tex").write_text(report.latex_macros(found), encoding="utf-8")
+    for name, table in report.TABLES.items():
+        (folder / f"table-{name}.tex").write_text(report.latex_table(table, profile), encoding="utf-8")
+    for stem in FINDINGS:
+        sentences = [row["sentence"] for row in report.rows(profile, stem, {"split": "test"})]
+        (folder / f"findings-{stem}.tex").write_text("".join(f"\\item {report.latex(one)}\n" for one in sentences), encoding="utf-8")
+    return folder
+
+
+def build(profile: str) -> Path:
+    """Generate the LaTeX, gather it with the text and the figures, and compile; returns the PDF's path.
+
+    The same results give the same bytes: the PDF's date is that of the newest run.
+
+    Raises:
+        KdlibError: as :func:`generate`; or LaTeX failed, told by its first error.
+    """
+    generated, name = generate(profile), Path(profile).stem
+    folder = runs.home() / "paper" / "build" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(generated, folder)
+    for path in [*SOURCE.glob("*.tex"), *figures.folder(profile).glob("*.pdf")]:
+        shutil.copy(path, folder)
+    date = report.look_up(profile, {"csv": "setup", "where": {"name": "date"}, "format": "{value}"})
+    compile_latex(folder, calendar.timegm(time.strptime(date, "%Y-%m-%d")))
+    pdf = runs.home() / "paper" / f"kdlib-{name}.pdf"
+    os.replace(folder / "main.pdf", pdf)
+    return pdf
+
+
+def compile_latex(folder: Path, epoch: int) -> None:
+    """Run pdflatex twice (references) on ``main.tex`` in ``folder``; shell escapes are off.
+
+    Raises:
+        KdlibError: LaTeX failed; the message holds its first error.
+    """
+    command = [engine(), "-no-shell-escape", "-interaction=nonstopmode", "-halt-on-error", "main.tex"]
+    environment = {**os.environ, "SOURCE_DATE_EPOCH": str(epoch), "FORCE_SOURCE_DATE": "1"}
+    for _ in range(2):
+        result = subprocess.run(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True)
+        if result.returncode:
+            raise KdlibError(f"LaTeX could not compile {folder / 'main.tex'}: {first_error(folder / 'main.log', result.stdout)}")
+
+
+def first_error(log: Path, output: bytes) -> str:
+    """The first error of a LaTeX log, with the line it names, in one sentence that says where to read on."""
+    text = log.read_text(errors="replace") if log.is_file() else output.decode(errors="replace")
+    if found := re.search(r"^! (.*(?:\n(?!l\.\d).*){0,12}?)\n(l\.\d+ .*)$", text, flags=re.MULTILINE):
+        return f"{found[1].splitlines()[0]} at {found[2].strip()} (the whole log: {log})"
+    first = next((line for line in text.splitlines() if line.startswith("!")), (text.strip().splitlines() or ["no output"])[-1])
+    return f"{first} (the whole log: {log})"
+
+
+def engine() -> str:
+    """Path of pdflatex: the system's, else TinyTeX's, fetched and extracted into the cache once.
+
+    Raises:
+        KdlibError: neither is to be had on this machine.
+    """
+    if found := shutil.which("pdflatex"):
+        return found
+    platform = f"{sys.platform}-{os.uname().machine}"
+    if platform not in TINYTEX:
+        raise KdlibError(f"There is no pdflatex here and no TinyTeX for {platform} (only for {', '.join(TINYTEX)}). Install TeX Live, then try again.")
+    source = sources.catalogue()["tinytex"]
+    folder = sources.cache_folder() / "extracted" / source.sha256[:12]
+    root = source.members[0].rstrip("*")
+    # Written last: a tree whose extraction was cut short has none, and is gone over again.
+    if not (folder / "complete").is_file():
+        sources.extract(sources.fetch(source), [f"{root}bin/{TINYTEX[platform]}/pdflatex", f"{root}texmf-*", f"{root}LICENSE*"], folder)
+        (folder / "complete").touch()
+    return str(folder / root / "bin" / TINYTEX[platform] / "pdflatex")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of ``python -m kdlib.paper``; returns the exit status (2: the input was wrong)."""
+    parser = argparse.ArgumentParser(prog="python -m kdlib.paper", description="Build the paper of a profile from its results.")
+    parser.add_argument("--profile", required=True, help="name, or path of a .yaml file")
+    profile = parser.parse_args(arguments).profile
+    try:
+        print(build(profile))
+        if Path(profile).stem == report.README_PROFILE:
+            report.update_readme()
+    except KdlibError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
