@@ -1,19 +1,50 @@
 # Every command a reader needs. `make` alone lists them.
-PROFILE ?= quick
 PYTHON  ?= python3
-VENV    := .venv
-RUN     := $(VENV)/bin/python -m
+RUN     := .venv/bin/python -m
 
-.PHONY: help
+paper: PROFILE ?= quick
+figures: PROFILE ?= laptop
+
+.PHONY: help env paper figures test lab lint lock clean
 help:
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@echo; echo 'Profiles: make paper PROFILE=smoke, quick (default), laptop, gpu; make figures PROFILE=laptop (default), gpu'
 
-env: $(VENV)/ready  ## the environment, made once from the lock files
+env: .venv/ready  ## the environment, made once from the lock files
 
-$(VENV)/ready: requirements.lock torch.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"kdlib needs Python 3.11 to 3.13; {sys.executable} is {v[0]}.{v[1]}. Try: make PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV)
+# The marker is written last, and the folder is emptied first: an environment that was interrupted half-way is made anew.
+.venv/ready: requirements.lock torch.lock
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"kdlib needs Python 3.11 to 3.13; {sys.executable} is {v[0]}.{v[1]}. Try: make env PYTHON=python3.12")'
+	$(PYTHON) -m venv --clear .venv
 	$(RUN) pip install --quiet --require-hashes --no-deps -r requirements.lock
 	$(RUN) pip install --quiet -r torch.lock
 	$(RUN) pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
+
+paper: env  ## everything from raw text to the paper's PDF, for PROFILE; goes on where it was stopped
+	@$(RUN) kdlib.plan $(PROFILE)
+	$(RUN) snakemake --config profile=$(PROFILE)
+
+figures: env  ## tables, figures and the PDF again, from the results of PROFILE as they lie there
+	@ls notebooks | sed -n 's/^\([1-9][0-9]_.*\)\.ipynb$$/\1/p' | xargs -P 2 -I {} $(RUN) kdlib.run notebooks/{}.ipynb --profile $(PROFILE)
+	$(RUN) kdlib.paper --profile $(PROFILE)
+
+test: env  ## everything that proves it works: unit tests, and the smoke profile through the pipeline
+	$(RUN) pytest
+
+lab: env  ## Jupyter on the notebooks
+	$(RUN) jupyter lab --notebook-dir notebooks
+
+lint: env  ## style and common mistakes (needs ruff)
+	ruff check kdlib tests
+
+# torch differs by platform and is pinned in torch.lock; what only torch needs is left to it.
+lock:  ## requirements.lock anew from pyproject.toml (needs uv)
+	@skip=$$($(COMPILE) | sed -nE 's/^((nvidia|cuda)-[a-z0-9-]+|torch|triton)==.*/--no-emit-package \1/p') && \
+	{ sed -n '/^#/p' requirements.lock; $(COMPILE) --generate-hashes $$skip; } > requirements.lock.new
+	@mv requirements.lock.new requirements.lock
+COMPILE := uv pip compile pyproject.toml --quiet --all-extras --universal --python-version 3.11 --no-header --no-annotate
+
+clean:  ## all that can be made again but the environment: results of smoke and quick, caches of tools
+	rm -rf results/smoke results/quick figures/smoke figures/quick paper/generated/smoke paper/generated/quick paper/build
+	rm -rf .snakemake .pytest_cache .hypothesis .ruff_cache

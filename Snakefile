@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from kdlib import notebooks, plan, runs
+from kdlib import notebooks, plan, report, runs
 from kdlib.errors import KdlibError
 from kdlib.profiles import load
 from kdlib.revisions import code_hash
@@ -28,9 +28,16 @@ MISSING = [run for run in STUDY if not runs.find(PROFILE, run)]
 
 RESULTS = runs.results(PROFILE).relative_to(runs.home())
 METRICS = f"{RESULTS}/runs/{{run}}/metrics.json"
-NUMBERS = f"{RESULTS}/numbers/{{notebook}}.json"
 PAPER = f"paper/kdlib-{RESULTS.name}.pdf"
-TEX = [str(path) for path in (Path(workflow.basedir) / "paper").glob("*.*") if path.suffix in (".tex", ".bib")]
+TEX = [str(path) for path in (Path(workflow.basedir) / "paper").glob("*.tex")]
+WRITTEN = {
+    notebook: [
+        f"{RESULTS}/numbers/{notebook}.json",
+        *[f"{RESULTS}/{table}.csv" for table in tables],
+        *[f"figures/{RESULTS.name}/{figure}.{kind}" for figure in figures for kind in ("pdf", "png")],
+    ]
+    for notebook, (tables, figures) in report.ANALYSES.items()
+}
 
 workdir: runs.home()
 # Jobs use the interpreter that reads this file, also where its environment is not activated.
@@ -45,7 +52,7 @@ localrules: all
 
 rule all:
     # Every file by name: Snakemake does not remake a missing one that only a finished file was made from.
-    input: PAPER, expand(NUMBERS, notebook=plan.ANALYSES), expand(METRICS, run=STUDY)
+    input: PAPER, WRITTEN.values(), expand(METRICS, run=STUDY)
     message: f"Done: {PAPER}"
 
 
@@ -62,27 +69,28 @@ if MISSING:
         shell: "{params.command}"
 
 
-# Analyses and the paper are made again when the runs they read, their code (not the bytes of a notebook), or what the code
-# calls has changed.
-rule analysis:
-    input: expand(METRICS, run=STUDY)
-    output: NUMBERS
-    wildcard_constraints: notebook="|".join(plan.ANALYSES)
-    params:
-        code=lambda wildcards: notebooks.code_hash(notebooks.find(f"notebooks/{wildcards.notebook}.ipynb")),
-        library=[code_hash(module) for module in ("runs", "statistics", "comparison", "figures", "report")],
-        plan=runs.digest([[step.id, step.label] for step in STUDY.values()]),
-        settings=load(PROFILE).analysis.model_dump_json(exclude={"profile"}),
-        profile=PROFILE,
-    message: "analysis {wildcards.notebook}"
-    shell: "python -m kdlib.run notebooks/{wildcards.notebook}.ipynb --profile {params.profile:q}"
+# Analyses and the paper are made again when what they read, their code (not the bytes of a notebook) or what it calls changes.
+for notebook, written in WRITTEN.items():
+    rule:
+        name: f"analysis_{notebook}"
+        input: expand(METRICS, run=STUDY)
+        output: written
+        params:
+            notebook=notebook,
+            profile=PROFILE,
+            code=notebooks.code_hash(notebooks.find(f"notebooks/{notebook}.ipynb")),
+            library=[code_hash(module) for module in ("runs", "statistics", "comparison", "accounts", "figures", "report")],
+            plan=runs.digest([[step.id, step.label] for step in STUDY.values()]),
+            settings=runs.digest(load(PROFILE).model_dump(mode="json")),
+        message: "analysis {params.notebook}"
+        shell: "python -m kdlib.run notebooks/{params.notebook}.ipynb --profile {params.profile:q}"
 
 
 rule paper:
-    input: expand(NUMBERS, notebook=plan.ANALYSES), TEX
+    input: WRITTEN.values(), TEX
     output: PAPER
     params:
-        library=[code_hash(module) for module in ("paper", "report")],
         profile=PROFILE,
+        library=[code_hash(module) for module in ("report", "paper")],
     message: "paper {output}"
     shell: "python -m kdlib.paper --profile {params.profile:q}"

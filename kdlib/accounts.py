@@ -1,4 +1,5 @@
-"""What was run and what it cost, as tidy tables: settings, corpus, vocabulary, work. Read from finished runs, without torch."""
+"""What was run and what it cost, as tidy tables: settings, corpus, vocabulary, work. Read from finished runs, without
+torch."""
 
 from inspect import signature
 
@@ -13,7 +14,10 @@ TEACHERS = {
     "full": "fine-tuned on the training text",
     "scratch": "trained from random weights on the training text",
 }
-TARGETS = {"sampled": "{draws} tokens drawn from its distribution", "topk": "the {top_k} most probable tokens and the mass of the rest"}
+TARGETS = {
+    "sampled": "{draws} tokens drawn from its distribution",
+    "topk": "the {top_k} most probable tokens and the mass of the rest",
+}
 
 
 def setup(profile: str, resamples: int) -> pd.DataFrame:
@@ -56,7 +60,10 @@ def setup(profile: str, resamples: int) -> pd.DataFrame:
         "resamples": resamples,
         "minimum": signature(statistics.claim).parameters["minimum"].default,
     }
-    return pd.DataFrame({"name": values.keys(), "value": values.values()})
+    return pd.DataFrame(
+        {"name": name, "value": f"{value:g}" if isinstance(value, float) else str(value)}
+        for name, value in values.items()
+    )
 
 
 def _of_kind(profile: str, kind: str) -> list[runs.Run]:
@@ -86,7 +93,11 @@ def vocabulary(profile: str) -> pd.DataFrame:
     for run in _of_kind(profile, "teacher"):
         metrics = run.metrics
         if whole := metrics.get("unpruned"):
-            unpruned = {"teacher": "teacher (as published)", "vocabulary": size["teacher_size"], "bits_per_byte": whole["test"]["bits_per_byte"]}
+            unpruned = {
+                "teacher": "teacher (as published)",
+                "vocabulary": size["teacher_size"],
+                "bits_per_byte": whole["test"]["bits_per_byte"],
+            }
             rows.append(unpruned)
         pruned = {"teacher": comparison.TEACHERS[run.settings["parameters"]["adaptation"]], "vocabulary": size["size"]}
         rows.append(pruned | {"bits_per_byte": metrics["evaluation"]["test"]["bits_per_byte"]})
@@ -96,9 +107,9 @@ def vocabulary(profile: str) -> pd.DataFrame:
 def cost(profile: str) -> pd.DataFrame:
     """Work and quality of every method, and of writing targets, a row each, averaged over runs.
 
-    ``flops``, ``tokens``, ``seconds``, ``peak_memory_bytes`` and ``tokens_per_second`` are of training (of writing, for targets), summed over the
-    members of an ensemble except memory (the largest) and speed (all tokens by all seconds). ``total_flops`` adds what the teacher
-    computed for the targets. ``nll`` is on test text.
+    ``flops``, ``tokens``, ``seconds``, ``peak_memory_bytes`` and ``tokens_per_second`` are of training (of writing,
+    for targets), summed over the members of an ensemble except memory (the largest) and speed (all tokens by all
+    seconds). ``total_flops`` adds what the teacher computed for the targets. ``nll`` is on test text.
     """
     models = comparison.models(profile)
     rows = [_written(run) for run in _of_kind(profile, "targets")]
@@ -115,7 +126,13 @@ def _written(run: runs.Run) -> dict:
     metrics = run.metrics
     seconds = metrics["tokens"] / metrics["tokens_per_second"]
     found = {name: metrics[name] for name in ("tokens", "flops", "bytes_per_token")}
-    return {"what": "writing targets", "runs": 1, "seconds": seconds, "peak_memory_bytes": _peak(metrics["cost"]), **found}
+    return {
+        "what": "writing targets",
+        "runs": 1,
+        "seconds": seconds,
+        "peak_memory_bytes": _peak(metrics["cost"]),
+        **found,
+    }
 
 
 def _work(row: pd.Series, models: pd.DataFrame) -> dict:

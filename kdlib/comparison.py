@@ -1,7 +1,8 @@
 """Finished runs as tidy tables: what each method reached, and by how much one beats another.
 
-A *method* is what a reader compares ("KD student", "CE ensemble (probability pool)"); its runs differ in their seeds alone. Means and differences
-come with bootstrap intervals over seeds × sources (``kdlib.statistics``), computed from the stored per-document sums.
+A *method* is what a reader compares ("KD student", "CE ensemble (probability pool)"); its runs differ in their seeds
+alone. Means and differences come with bootstrap intervals over seeds × sources (``kdlib.statistics``), computed from
+the stored per-document sums.
 """
 
 import itertools
@@ -28,9 +29,9 @@ BEST = "its best member"
 def models(profile: str) -> pd.DataFrame:
     """The profile's teachers, students and ensembles: ``runs.table`` with ``method``, ``objective``, ``members`` and ``flops``.
 
-    ``objective`` of an ensemble is its members'; it is ``untrained`` for models left as initialised. ``flops`` is what training took: forward and
-    backward passes of the model or its members, plus what the teacher computed for their targets, charged once where they share
-    a cache; NaN for a teacher that was not trained here.
+    ``objective`` of an ensemble is its members'; it is ``untrained`` for models left as initialised. ``flops`` is
+    what training took: forward and backward passes of the model or its members, plus what the teacher computed for
+    their targets, charged once where they share a cache; NaN for a teacher that was not trained here.
     """
     everything = runs.table(profile)
     table = everything[everything.kind.isin(["teacher", "student", "ensemble"])].copy()
@@ -66,17 +67,24 @@ def _flops(run: runs.Run, table: pd.DataFrame) -> float:
 def runs_table(profile: str) -> pd.DataFrame:
     """Everything that was run, a row per run and evaluation split: settings, tokens, FLOPs, time, memory and every metric.
 
-    Columns are prefixed by where they come from (``setting_``, ``training_``, ``cost_``, ``parameters_``, ``pool_``, ``targets_``); the evaluation
-    of the row's split has no prefix. A corpus or targets run has one row, with an empty split.
+    Columns are prefixed by where they come from (``setting_``, ``training_``, ``cost_``, ``parameters_``, ``pool_``,
+    ``targets_``); the evaluation of the row's split has no prefix. A corpus or targets run has one row, with an empty
+    split.
     """
     methods, rows = models(profile).method, []
     for run_id, row in runs.table(profile).iterrows():
         settings, metrics = row.run.settings["parameters"], row.run.metrics
         common = {"run": run_id, "kind": row.run.kind, "label": row.label, "method": methods.get(run_id)}
-        common |= _prefixed("setting", settings) | _prefixed("training", metrics.get("training")) | _prefixed("cost", metrics["cost"])
+        common |= (
+            _prefixed("setting", settings)
+            | _prefixed("training", metrics.get("training"))
+            | _prefixed("cost", metrics["cost"])
+        )
         common |= _prefixed("parameters", metrics.get("parameters"))
         if row.run.kind == "targets":
-            common |= _prefixed("targets", {name: value for name, value in metrics.items() if not isinstance(value, dict)})
+            common |= _prefixed(
+                "targets", {name: value for name, value in metrics.items() if not isinstance(value, dict)}
+            )
         for split, values in metrics.get("evaluation", {None: {}}).items():
             pool = _prefixed("pool", metrics.get("pool", {}).get(split))
             rows.append({**common, "split": split, **values, "fitted_temperature": metrics.get("temperature"), **pool})
@@ -84,7 +92,9 @@ def runs_table(profile: str) -> pd.DataFrame:
 
 
 def _prefixed(prefix: str, values: dict | None) -> dict:
-    flat = {name: json.dumps(value) if isinstance(value, dict | list) else value for name, value in (values or {}).items()}
+    flat = {
+        name: json.dumps(value) if isinstance(value, dict | list) else value for name, value in (values or {}).items()
+    }
     return {f"{prefix}_{name}": value for name, value in flat.items()}
 
 
@@ -107,8 +117,8 @@ def losses(chosen: Sequence[runs.Run], split: str) -> tuple[np.ndarray, np.ndarr
 def mean_losses(table: pd.DataFrame, resamples: int) -> pd.DataFrame:
     """Test and out-of-domain metrics of every method, a row per method and split, averaged over its runs.
 
-    ``low`` and ``high`` bound the mean NLL (seeds × sources bootstrap; a single run is resampled over sources alone); ``seed_standard_error`` is
-    over runs, NaN for one. ``perplexity`` is exp of the mean NLL.
+    ``low`` and ``high`` bound the mean NLL (seeds × sources bootstrap; a single run is resampled over sources alone);
+    ``seed_standard_error`` is over runs, NaN for one. ``perplexity`` is exp of the mean NLL.
     """
     rows = []
     for method, group in table.groupby("method", sort=False):
@@ -117,9 +127,21 @@ def mean_losses(table: pd.DataFrame, resamples: int) -> pd.DataFrame:
             nll, tokens = losses(list(group.run), split)
             interval = statistics.seed_bootstrap(nll, np.zeros((1, len(tokens))), tokens, resamples)
             error = statistics.mean_interval(nll.sum(axis=1) / tokens.sum()).standard_error
-            summary = {"nll": interval.difference, "low": interval.low, "high": interval.high, "seed_standard_error": error}
+            summary = {
+                "nll": interval.difference,
+                "low": interval.low,
+                "high": interval.high,
+                "seed_standard_error": error,
+            }
             mean = values.drop(columns=["nll", "perplexity", "tokens", "bytes", "documents"]).mean()
-            row = {"method": method, "split": split, "runs": len(group), **summary, "perplexity": np.exp(interval.difference), **mean}
+            row = {
+                "method": method,
+                "split": split,
+                "runs": len(group),
+                **summary,
+                "perplexity": np.exp(interval.difference),
+                **mean,
+            }
             rows.append(row | {"tokens": tokens.sum(), "sources": len(tokens)})
     return pd.DataFrame(rows)
 
@@ -127,11 +149,16 @@ def mean_losses(table: pd.DataFrame, resamples: int) -> pd.DataFrame:
 def sizes(table: pd.DataFrame) -> pd.DataFrame:
     """Parameters, training FLOPs and ambiguity of every method of :func:`models`, a row each, averaged over its runs.
 
-    ``ambiguity``: the members' mean NLL minus their pool's on test text, as the pool's own identity splits it; NaN for single models.
+    ``ambiguity``: the members' mean NLL minus their pool's on test text, as the pool's own identity splits it; NaN
+    for single models.
     """
     rows = []
     for method, group in table.groupby("method", sort=False):
-        pools = [run.metrics["pool"]["test"][f"ambiguity_{pool}"] for run, pool in zip(group.run, group.pool, strict=True) if "pool" in run.metrics]
+        pools = [
+            run.metrics["pool"]["test"][f"ambiguity_{pool}"]
+            for run, pool in zip(group.run, group.pool, strict=True)
+            if "pool" in run.metrics
+        ]
         parameters = group.run.iloc[0].metrics["parameters"]
         row = {"method": method, "parameters": parameters["total"], "non_embedding": parameters["non_embedding"]}
         rows.append(row | {"flops": group.flops.mean(), "ambiguity": np.mean(pools) if pools else np.nan})
@@ -147,7 +174,8 @@ def best_member(ensemble: pd.Series, table: pd.DataFrame) -> runs.Run:
 def rivals(ensembles: pd.DataFrame) -> list[tuple[str, str, bool]]:
     """Pairs A, B of ensemble methods worth comparing, and whether they are paired run by run.
 
-    Two pools of the same members, paired; and two objectives under one pool, whose members share nothing but their seeds.
+    Two pools of the same members, paired; and two objectives under one pool, whose members share nothing but their
+    seeds.
     """
     kinds = ensembles.drop_duplicates("method")[["method", "objective", "pool"]].to_dict("records")
     pairs = []
@@ -159,20 +187,27 @@ def rivals(ensembles: pd.DataFrame) -> list[tuple[str, str, bool]]:
     return pairs
 
 
-def difference(a: Sequence[runs.Run], b: Sequence[runs.Run], split: str, resamples: int, paired: bool) -> tuple[statistics.Comparison, float]:
+def difference(
+    a: Sequence[runs.Run], b: Sequence[runs.Run], split: str, resamples: int, paired: bool
+) -> tuple[statistics.Comparison, float]:
     """Mean NLL of runs ``a`` minus that of runs ``b`` and its standard error over seeds.
 
     Args:
-        paired: run i of ``a`` belongs to run i of ``b`` (an ensemble and its own member, two pools of the same members): the differences are
+        paired: run i of ``a`` belongs to run i of ``b`` (an ensemble and its own member, two pools of the same
+        members): the differences are
             resampled. Otherwise the seeds of either side are drawn independently.
     """
     (nll_a, tokens), (nll_b, _) = losses(a, split), losses(b, split)
     sides = [nll_a - nll_b, np.zeros((1, len(tokens)))] if paired else [nll_a, nll_b]
-    errors = [statistics.mean_interval(side.sum(axis=1) / tokens.sum()).standard_error for side in sides[:1 if paired else 2]]
+    errors = [
+        statistics.mean_interval(side.sum(axis=1) / tokens.sum()).standard_error for side in sides[: 1 if paired else 2]
+    ]
     return statistics.seed_bootstrap(*sides, tokens, resamples), float(np.sqrt(np.square(errors).sum()))
 
 
-def differences(pairs: Sequence[tuple[str, str, Sequence[runs.Run], Sequence[runs.Run], bool]], resamples: int) -> pd.DataFrame:
+def differences(
+    pairs: Sequence[tuple[str, str, Sequence[runs.Run], Sequence[runs.Run], bool]], resamples: int
+) -> pd.DataFrame:
     """One family of comparisons, a row per pair and split: difference A − B (nats/token), Holm-adjusted interval and p, verdict, sentence.
 
     Args:
@@ -185,7 +220,15 @@ def differences(pairs: Sequence[tuple[str, str, Sequence[runs.Run], Sequence[run
     for ((better, than, a, _, _), split), comparison, (_, error) in zip(keys, adjusted, measured, strict=True):
         claim = statistics.claim(comparison, error)
         numbers = {name: getattr(comparison, name) for name in ("difference", "low", "high", "p_value", "level")}
-        row = {"a": better, "b": than, "split": split, "runs": len(a), **numbers, "seed_standard_error": error, "verdict": claim.verdict}
+        row = {
+            "a": better,
+            "b": than,
+            "split": split,
+            "runs": len(a),
+            **numbers,
+            "seed_standard_error": error,
+            "verdict": claim.verdict,
+        }
         rows.append(row | {"sentence": sentence(row, claim.reason.rsplit(": ", 1)[1])})
     return pd.DataFrame(rows)
 

@@ -29,7 +29,9 @@ def use_style() -> None:
 
 def colour(method: str) -> str:
     """The colour of a method: one for each objective, dark grey for teachers."""
-    return next((COLOURS[name] for name in ("online KD", "KD", "CE", "teacher") if name in method), COLOURS["untrained"])
+    return next(
+        (COLOURS[name] for name in ("online KD", "KD", "CE", "teacher") if name in method), COLOURS["untrained"]
+    )
 
 
 def dots(axis: Axes, frame: pd.DataFrame, label: str, value: str, limits: tuple[float, float] | None = None) -> None:
@@ -52,8 +54,11 @@ def dots(axis: Axes, frame: pd.DataFrame, label: str, value: str, limits: tuple[
         axis.set_xlim(low - 0.04 * (high - low), high + 0.04 * (high - low))
 
 
-def label_points(axis: Axes, names: list[str], x: list[float], y: list[float]) -> None:
-    """Names beside points, in the colours of their methods, moved apart vertically where they would overlap."""
+def label_points(axis: Axes, names: list[str], x: list[float], y: list[float], inward: bool = False) -> None:
+    """Names beside points, in the colours of their methods, moved apart vertically where they would overlap.
+
+    Names stand to the right of their points; ``inward``: to the left for points in the right half.
+    """
     order, (bottom, top) = np.argsort(y), axis.get_ylim()
     places, gap = np.array(y, dtype=float)[order], 0.065 * (top - bottom)
     for _ in range(50):
@@ -61,7 +66,10 @@ def label_points(axis: Axes, names: list[str], x: list[float], y: list[float]) -
         places[:-1] -= overlap
         places[1:] += overlap
     for i, place in zip(order, places, strict=True):
-        axis.annotate(names[i], (x[i], place), (5, 0), textcoords="offset points", va="center", color=colour(names[i]), fontsize=7.5)
+        fraction = axis.transAxes.inverted().transform(axis.transData.transform((x[i], y[i])))[0]
+        side, offset = ("right", -6) if inward and fraction > 0.5 else ("left", 6)
+        options = {"ha": side, "va": "center", "color": colour(names[i]), "fontsize": 7.5}
+        axis.annotate(names[i], (x[i], place), (offset, 0), textcoords="offset points", **options)
 
 
 def learning_curve(run: runs.Run) -> None:
@@ -73,7 +81,9 @@ def learning_curve(run: runs.Run) -> None:
     _, axis = plt.subplots(figsize=(0.6 * WIDTH, 2.4))
     axis.plot(log.tokens, log.loss, color="#bbbbbb", linewidth=0.7)
     axis.plot(validation.tokens, validation.validation_nll, color=COLOURS["CE"])
-    ends = {"training loss": log.loss.iloc[-1]} | ({"validation NLL": validation.validation_nll.iloc[-1]} if len(validation) else {})
+    ends = {"training loss": log.loss.iloc[-1]} | (
+        {"validation NLL": validation.validation_nll.iloc[-1]} if len(validation) else {}
+    )
     label_points(axis, list(ends), [log.tokens.iloc[-1]] * len(ends), list(ends.values()))
     axis.set(xlabel="training tokens seen", ylabel="nats/token")
 

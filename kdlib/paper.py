@@ -3,8 +3,8 @@
     python -m kdlib.paper --profile laptop
 
 ``paper/generated/<profile>/`` receives the LaTeX, ``paper/build/<profile>/`` everything one would submit, and
-``paper/kdlib-<profile>.pdf`` the result. The system's pdflatex is used if there is one, else a TinyTeX that is downloaded
-as data. The README is redrawn with the profile it shows.
+``paper/kdlib-<profile>.pdf`` the result. The system's pdflatex is used if there is one, else a TinyTeX that is
+downloaded as data. The README is redrawn with the profile it shows.
 """
 
 import argparse
@@ -21,7 +21,6 @@ from kdlib import figures, profiles, report, runs, sources
 from kdlib.errors import KdlibError
 
 SOURCE = profiles.REPOSITORY / "paper"
-FINDINGS = ("objectives_differences", "methods_differences")
 TINYTEX = {"linux-x86_64": "x86_64-linux", "darwin-x86_64": "universal-darwin", "darwin-arm64": "universal-darwin"}
 
 
@@ -34,6 +33,15 @@ def missing(profile: str) -> list[Path]:
     return [path for path in wanted if not path.is_file()]
 
 
+def shown(tex: str) -> set[str]:
+    r"""Names of the numbers that a LaTeX text shows: ``\result{…}``, and its short forms ``\setting{…}`` and
+    ``\amount{…}``."""
+    text = re.sub(r"(?<!\\)%.*", "", tex)
+    names = {f"setup/{name}/value" for name in re.findall(r"\\setting\{([^}#]+)\}", text)}
+    names |= {f"setup/{name}/si" for name in re.findall(r"\\amount\{([^}#]+)\}", text)}
+    return names | set(re.findall(r"\\result\{([^}#]+)\}", text))
+
+
 def generate(profile: str) -> Path:
     r"""Write ``numbers.tex`` and the tables and findings that ``main.tex`` reads; returns their folder.
 
@@ -41,14 +49,14 @@ def generate(profile: str) -> Path:
         KdlibError: an analysis has not been run, or ``main.tex`` shows a number that this profile does not have.
     """
     if absent := missing(profile):
-        shown = ", ".join(str(path) for path in absent[:4]) + (" …" if len(absent) > 4 else "")
+        first = ", ".join(str(path) for path in absent[:4]) + (" …" if len(absent) > 4 else "")
         name = Path(profile).stem
         raise KdlibError(
-            f"The paper of profile {name!r} needs {len(absent)} files that its analyses have not written: {shown}. "
+            f"The paper of profile {name!r} needs {len(absent)} files that its analyses have not written: {first}. "
             f"Write them with: make paper PROFILE={name}"
         )
     found = report.numbers(profile)
-    if unknown := sorted(set(re.findall(r"\\result\{([^}#]+)\}", (SOURCE / "main.tex").read_text())) - set(found)):
+    if unknown := sorted(shown((SOURCE / "main.tex").read_text(encoding="utf-8")) - set(found)):
         raise KdlibError(
             f"paper/main.tex shows numbers that profile {profile!r} does not have: {', '.join(unknown)}. The study must hold both "
             "objectives, ce and kd, and the probability pool."
@@ -59,9 +67,9 @@ def generate(profile: str) -> Path:
     (folder / "numbers.tex").write_text(report.latex_macros(found), encoding="utf-8")
     for name, table in report.TABLES.items():
         (folder / f"table-{name}.tex").write_text(report.latex_table(table, profile), encoding="utf-8")
-    for stem in FINDINGS:
-        sentences = [row["sentence"] for row in report.rows(profile, stem, {"split": "test"})]
-        (folder / f"findings-{stem}.tex").write_text("".join(f"\\item {report.latex(one)}\n" for one in sentences), encoding="utf-8")
+    for stem in report.FINDINGS:
+        items = [f"\\item {report.latex(sentence)}\n" for sentence in report.findings(profile, stem)]
+        (folder / f"findings-{stem}.tex").write_text("".join(items), encoding="utf-8")
     return folder
 
 
@@ -97,7 +105,9 @@ def compile_latex(folder: Path, epoch: int) -> None:
     for _ in range(2):
         result = subprocess.run(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True)
         if result.returncode:
-            raise KdlibError(f"LaTeX could not compile {folder / 'main.tex'}: {first_error(folder / 'main.log', result.stdout)}")
+            raise KdlibError(
+                f"LaTeX could not compile {folder / 'main.tex'}: {first_error(folder / 'main.log', result.stdout)}"
+            )
 
 
 def first_error(log: Path, output: bytes) -> str:
@@ -105,7 +115,9 @@ def first_error(log: Path, output: bytes) -> str:
     text = log.read_text(errors="replace") if log.is_file() else output.decode(errors="replace")
     if found := re.search(r"^! (.*(?:\n(?!l\.\d).*){0,12}?)\n(l\.\d+ .*)$", text, flags=re.MULTILINE):
         return f"{found[1].splitlines()[0]} at {found[2].strip()} (the whole log: {log})"
-    first = next((line for line in text.splitlines() if line.startswith("!")), (text.strip().splitlines() or ["no output"])[-1])
+    first = next(
+        (line for line in text.splitlines() if line.startswith("!")), (text.strip().splitlines() or ["no output"])[-1]
+    )
     return f"{first} (the whole log: {log})"
 
 
@@ -119,20 +131,28 @@ def engine() -> str:
         return found
     platform = f"{sys.platform}-{os.uname().machine}"
     if platform not in TINYTEX:
-        raise KdlibError(f"There is no pdflatex here and no TinyTeX for {platform} (only for {', '.join(TINYTEX)}). Install TeX Live, then try again.")
+        raise KdlibError(
+            f"There is no pdflatex here and no TinyTeX for {platform} (only for {', '.join(TINYTEX)}). Install TeX Live, then try again."
+        )
     source = sources.catalogue()["tinytex"]
     folder = sources.cache_folder() / "extracted" / source.sha256[:12]
     root = source.members[0].rstrip("*")
     # Written last: a tree whose extraction was cut short has none, and is gone over again.
     if not (folder / "complete").is_file():
-        sources.extract(sources.fetch(source), [f"{root}bin/{TINYTEX[platform]}/pdflatex", f"{root}texmf-*", f"{root}LICENSE*"], folder)
+        sources.extract(
+            sources.fetch(source),
+            [f"{root}bin/{TINYTEX[platform]}/pdflatex", f"{root}texmf-*", f"{root}LICENSE*"],
+            folder,
+        )
         (folder / "complete").touch()
     return str(folder / root / "bin" / TINYTEX[platform] / "pdflatex")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of ``python -m kdlib.paper``; returns the exit status (2: the input was wrong)."""
-    parser = argparse.ArgumentParser(prog="python -m kdlib.paper", description="Build the paper of a profile from its results.")
+    parser = argparse.ArgumentParser(
+        prog="python -m kdlib.paper", description="Build the paper of a profile from its results."
+    )
     parser.add_argument("--profile", required=True, help="name, or path of a .yaml file")
     profile = parser.parse_args(arguments).profile
     try:

@@ -23,7 +23,6 @@ CODE = {
     "ensemble": ("models", "ensemble", "evaluation"),
 }
 NOTEBOOK = {"corpus": "01_corpus", "teacher": "02_teacher", "targets": "03_targets", "student": "04_student", "ensemble": "05_ensemble"}
-ANALYSES = ("10_objectives", "12_methods", "15_calibration", "17_cost")
 
 
 @dataclass(frozen=True)

@@ -91,14 +91,15 @@ def _teacher(step: Step, inputs: dict, folder: Path) -> dict:
     metrics, training = {}, None
     if values.adaptation == "scratch":
         shape = models.Shape(layers=values.layers, hidden_size=values.hidden_size, heads=values.heads)
-        model = models.build(shape, tokenizer, _block_length(inputs["corpus"]), values.seed)
+        model = models.build(shape, tokenizer, _block_length(inputs["corpus"]), values.seed).to(_device())
     else:
-        model, full_tokenizer = models.load_teacher(teacher_path(values.source))
+        path = teacher_path(values.source)
+        model = models.load_teacher(path).to(_device())
         kept = inputs["corpus"].path / "data" / "kept_tokens.npy"
         if not kept.is_file():
             raise ValueError(f"The corpus has a vocabulary of its own, which {values.source} does not share; use adaptation=scratch.")
         if values.adaptation == "frozen":
-            metrics["unpruned"] = {"test": _unpruned(model, full_tokenizer, values.precision, inputs["corpus"])}
+            metrics["unpruned"] = {"test": _unpruned(model, models.load_tokenizer(path), values.precision, inputs["corpus"])}
         model = vocabulary.slice_model(model, np.load(kept))
     if values.adaptation != "frozen":
         if values.adaptation == "lora":
@@ -139,7 +140,7 @@ def _student(step: Step, inputs: dict, folder: Path) -> dict:
     values = step.parameters
     data, tokenizer, block_length = _data(inputs["corpus"]), load_tokenizer(inputs["corpus"]), _block_length(inputs["corpus"])
     shape = models.Shape(layers=values.layers, hidden_size=values.hidden_size, heads=values.heads, architecture=values.architecture)
-    model = models.build(shape, tokenizer, block_length, values.seed)
+    model = models.build(shape, tokenizer, block_length, values.seed).to(_device())
     targets = teacher = None
     if values.objective == "kd":
         train, teacher_id = data["train"], inputs["targets"].settings["inputs"]["teacher"]
@@ -163,7 +164,7 @@ def _ensemble(step: Step, inputs: dict, folder: Path) -> dict:
     values = step.parameters
     data, tokenizer = _data(inputs["corpus"]), load_tokenizer(inputs["corpus"])
     members = {name: run for name, run in inputs.items() if name.startswith("member")}
-    model = EnsembleForCausalLM.from_members([load_model(run) for run in members.values()], values.pool)
+    model = EnsembleForCausalLM.from_members([load_model(run) for run in members.values()], values.pool).to(_device())
     evaluation = _evaluate(model, data, _block_length(inputs["corpus"]), values.precision)
     counted = [run.metrics["parameters"] for run in members.values()]
     metrics = _store(folder, evaluation) | {
@@ -233,7 +234,11 @@ def load_model(run: runs.Run) -> torch.nn.Module:
     if not folder.is_dir():
         raise runs.KdlibError(f"{run.id} holds results but no model (models are not committed). Delete {run.path} and run its notebook again.")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return model.to(_device()).eval()
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def teacher_path(name: str) -> Path | str:

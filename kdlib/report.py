@@ -1,7 +1,7 @@
 """How results are told: tidy CSV, and numbers and tables that are always looked up in one.
 
-A number in the paper or the README is never typed. An analysis registers it as a *lookup* (file, row, column, format) in
-``results/<profile>/numbers/<notebook>.json``; LaTeX and Markdown are generated from lookups and tables alone.
+A number in the paper or the README is never typed. An analysis registers it as a *lookup* (file, row, column, format)
+in ``results/<profile>/numbers/<notebook>.json``; LaTeX and Markdown are generated from lookups and tables alone.
 """
 
 import csv
@@ -20,29 +20,40 @@ from kdlib.errors import KdlibError
 
 # What each analysis writes: results/<profile>/<table>.csv and figures/<profile>/<figure>.{pdf,png}, every figure over a CSV of its name.
 ANALYSES = {
-    "10_objectives": (["objectives", "objectives_seeds", "objectives_differences", "learning_curves"], ["objectives", "learning_curves"]),
+    "10_objectives": (
+        ["objectives", "objectives_seeds", "objectives_differences", "learning_curves"],
+        ["objectives", "learning_curves"],
+    ),
     "12_methods": (["methods", "methods_differences"], ["methods"]),
     "15_calibration": (["calibration", "reliability"], ["reliability"]),
     "17_cost": (["runs", "setup", "corpus", "vocabulary", "cost"], ["cost"]),
 }
+# Tables whose rows are sentences: what a study found.
+FINDINGS = ("objectives_differences", "methods_differences")
 README_PROFILE = "laptop"
+README_FIGURES = {
+    "methods": "Negative log-likelihood of every method on test and out-of-domain text, with intervals",
+    "objectives": "Students with and without soft targets, seed by seed, and the differences with intervals",
+}
 
 
 def save_table(frame: pd.DataFrame, profile: str, stem: str) -> None:
-    """Write ``results/<profile>/<stem>.csv``: six significant digits, whole numbers in full, empty cells for what is unknown."""
+    """Write ``results/<profile>/<stem>.csv``: six significant digits, whole numbers in full, empty cells for what is
+    unknown."""
     path = runs.results(profile) / f"{stem}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     frame.convert_dtypes().to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
 
 
 class _Formatter(string.Formatter):
-    # Adds the format "si": three significant digits and a metric prefix, for counts that span many powers of ten.
+    # Adds the format "si" for counts that span many powers of ten: in full below 10 000, else three digits and a metric prefix.
     def format_field(self, value, spec):
         if spec != "si" or isinstance(value, str):
             return super().format_field(value, spec.removeprefix("si"))
-        power = min(5, max(0, int(np.floor(np.log10(abs(value)) / 3 + 1e-9)))) if value else 0
-        short = f"{value / 1000**power:#.3g}".rstrip(".")
-        return f"{short} {' kMGTP'[power]}".strip()
+        if abs(value) < 10_000:
+            return f"{value:,.0f}"
+        power = min(5, int(np.log10(abs(value)) / 3 + 1e-9))
+        return f"{value / 1000**power:#.3g}".rstrip(".") + " " + " kMGTP"[power]
 
 
 def render(template: str, cells: dict[str, str]) -> str:
@@ -70,7 +81,9 @@ def rows(profile: str, stem: str, where: dict[str, str]) -> list[dict[str, str]]
     """
     path = runs.results(profile) / f"{stem}.csv"
     if not path.is_file():
-        raise KdlibError(f"{path} is missing. An analysis writes it; make it with: make paper PROFILE={Path(profile).stem}")
+        raise KdlibError(
+            f"{path} is missing. An analysis writes it; make it with: make paper PROFILE={Path(profile).stem}"
+        )
     with open(path, newline="") as file:
         found = list(csv.DictReader(file))
     if unknown := set(where) - set(found[0] if found else where):
@@ -120,8 +133,10 @@ def numbers(profile: str) -> dict[str, str]:
     for notebook in ANALYSES:
         path = runs.results(profile) / "numbers" / f"{notebook}.json"
         if not path.is_file():
-            raise KdlibError(f"The analysis {notebook} of profile {profile!r} has not been run ({path} is missing). "
-                             f"Run it with: python -m kdlib.run notebooks/{notebook}.ipynb --profile {profile}")
+            raise KdlibError(
+                f"The analysis {notebook} of profile {profile!r} has not been run ({path} is missing). "
+                f"Run it with: python -m kdlib.run notebooks/{notebook}.ipynb --profile {profile}"
+            )
         found |= {name: lookup["text"] for name, lookup in runs.read_json(path).items()}
     return found
 
@@ -136,7 +151,9 @@ class Table:
 
     def body(self, profile: str) -> list[list[str]]:
         """The cells, row by row."""
-        return [[render(template, row) for template in self.columns.values()] for row in rows(profile, self.csv, self.where)]
+        return [
+            [render(template, row) for template in self.columns.values()] for row in rows(profile, self.csv, self.where)
+        ]
 
 
 _METHOD = {"Method": "{method}", "Runs": "{runs}"}
@@ -163,10 +180,16 @@ TABLES = {
 }  # fmt: skip
 
 
+def findings(profile: str, stem: str) -> list[str]:
+    """The sentences of a table of differences about test text."""
+    return [row["sentence"] for row in rows(profile, stem, {"split": "test"})]
+
+
 def latex(text: str) -> str:
     """Plain text as LaTeX: special characters escaped, hyphens before digits as minus signs."""
     text = re.sub(r"([&%$#_{}])", r"\\\1", text.replace("\\", r"\textbackslash "))
     text = re.sub(r"(?<![\w.])[-−](?=\d)", "$-$", text)
+    text = re.sub(r"(?<=\d) (?=[kMGTP]\b)", "~", text)
     for mark, command in {"→": r"$\to$", "−": "$-$", "–": "--", "≥": r"$\ge$", "≤": r"$\le$", "×": r"$\times$"}.items():
         text = text.replace(mark, command)
     return text
@@ -187,44 +210,45 @@ def latex_table(table: Table, profile: str) -> str:
 
 
 def _is_number(cells: Iterable[str]) -> bool:
-    return all(re.match(r"[\[+−–-]?\d|–$", cell) for cell in cells)
+    return all(re.match(r"[\[+−-]*\d|–$", cell) for cell in cells)
 
 
 def markdown_table(headings: Iterable[str], body: Iterable[Iterable[str]]) -> str:
     """A GitHub table; numbers to the right."""
     headings, body = list(headings), [list(row) for row in body]
     rule = ["---:" if body and _is_number([row[i] for row in body]) else "---" for i in range(len(headings))]
-    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in [headings, rule, *body])
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in [headings, rule, *body]
+    )
 
 
 def update_readme(profile: str = README_PROFILE) -> None:
     """Redraw the generated parts of ``README.md``: results and figures of ``profile``, and the benchmark table."""
     path = runs.home() / "README.md"
     text = _replace(path.read_text(encoding="utf-8"), "results", _results(profile))
-    path.write_text(_replace(text, "benchmarks", _benchmarks(runs.home() / "benchmarks" / "results.csv")), encoding="utf-8")
+    path.write_text(
+        _replace(text, "benchmarks", _benchmarks(runs.home() / "benchmarks" / "results.csv")), encoding="utf-8"
+    )
 
 
 def _replace(text: str, name: str, generated: str) -> str:
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1:
         raise KdlibError(f"README.md must hold {begin} and {end} once each; what lies between them is generated.")
-    return f"{text[: text.index(begin)]}{begin}\n{generated}\n{text[text.index(end):]}"
+    return f"{text[: text.index(begin)]}{begin}\n{generated}\n{text[text.index(end) :]}"
 
 
 def _results(profile: str) -> str:
     if not (runs.results(profile) / "numbers").is_dir():
         return f"The results of the `{profile}` profile have not been made yet: `make paper PROFILE={profile}` fills this part in."
     found, table = numbers(profile), TABLES["methods"]
-    findings = [text for name, text in found.items() if name.endswith("/finding")]
+    about = (
+        f"Drawn from the {found['setup/runs/value']} runs of the profile `{profile}` ({found['setup/device/value']}): test text, losses in nats per "
+        f"token with bootstrap intervals over seeds and sources, {found['setup/train_tokens/si']} training tokens seen {found['setup/epochs/value']} times."
+    )
+    said = "\n".join(f"- {sentence}" for stem in FINDINGS for sentence in findings(profile, stem))
     pictures = [f"![{alt}](figures/{profile}/{stem}.png)" for stem, alt in README_FIGURES.items()]
-    about = f"Profile `{profile}`, {found['setup/runs/value']} runs on {found['setup/device/value']}; losses in nats per token of test text, each with its bootstrap interval."
-    return "\n\n".join([about, markdown_table(table.columns, table.body(profile)), *findings, *pictures])
-
-
-README_FIGURES = {
-    "methods": "Negative log-likelihood of every method on test and out-of-domain text, with intervals",
-    "objectives": "Students trained on text alone and with soft targets, seed by seed, and the differences with intervals",
-}
+    return "\n\n".join([about, markdown_table(table.columns, table.body(profile)), said, *pictures])
 
 
 def _benchmarks(path: Path) -> str:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -116,6 +117,8 @@ def make(profile: str, run_id: str, settings: dict, produce: Callable[[Path], di
         write_json(work / "metrics.json", metrics)
         (work / ".lock").unlink()
         target = results(profile) / "runs" / run_id
+        if target.exists():  # without metrics.json, or it would have been found: somebody deleted half of it
+            shutil.rmtree(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(work, target)
     return Run(target)

@@ -155,7 +155,6 @@ def _rebuild(tokenizer: PreTrainedTokenizerBase, state: dict, tokens: list[str])
         tokenizer_object=Tokenizer.from_str(json.dumps(state)),
         chat_template=tokenizer.chat_template,
         model_max_length=tokenizer.model_max_length,
-        clean_up_tokenization_spaces=False,  # it deletes spaces before punctuation when decoding
         **tokenizer.special_tokens_map,
     )
 
@@ -172,7 +171,7 @@ def _renumber(processor: dict | None, ids: dict[str, int]) -> None:
             special["ids"] = [ids[text] for text in special["tokens"]]
     else:
         raise KdlibError(
-            f"Expected the post-processor TemplateProcessing or ByteLevel, as causal models have; found "
+            "Expected the post-processor TemplateProcessing or ByteLevel, as causal models have; found "
             f"{processor['type']}. Choose another teacher, or remove the post-processor."
         )
 
@@ -212,7 +211,6 @@ def train(texts: Iterable[str], size: int, chat_template: str = CHATML) -> PreTr
         eos_token=SEPARATOR,
         pad_token=SEPARATOR,
         chat_template=chat_template,
-        clean_up_tokenization_spaces=False,
     )
 
 

@@ -1,7 +1,8 @@
 """A complete, invented results folder: every run that a profile plans, in the run store's format, in a second or two.
 
-Analyses, figures and the paper are tested on it without training anything. Its numbers only have the right shape: students
-trained with soft targets are better than those without, ensembles are better than members, and documents and seeds vary.
+Analyses, figures and the paper are tested on it without training anything. Its numbers only have the right shape:
+students trained with soft targets are better than those without, ensembles are better than members, and documents and
+seeds vary.
 """
 
 import json
@@ -24,10 +25,18 @@ def write(profile: str, sources: int = 12, seed: int = 0) -> Path:
         rng = np.random.default_rng([seed, int(step.id[-12:], 16)])
         folder = runs.results(profile) / "runs" / step.id
         folder.mkdir(parents=True)
-        metrics = {"cost": {"seconds": 60.0 + rng.random(), "peak_memory_bytes": int(2e9), "device": "invented processor, 2 threads"}}
+        metrics = {
+            "cost": {
+                "seconds": 60.0 + rng.random(),
+                "peak_memory_bytes": int(2e9),
+                "device": "invented processor, 2 threads",
+            }
+        }
         metrics |= {"corpus": _corpus, "targets": _targets}.get(step.kind, _model)(step, documents, folder, rng)
         runs.write_json(folder / "settings.json", step.settings)
-        runs.write_json(folder / "provenance.json", {"started": "2024-05-01T00:00:00Z", "device": "invented processor, 2 threads"})
+        runs.write_json(
+            folder / "provenance.json", {"started": "2024-05-01T00:00:00Z", "device": "invented processor, 2 threads"}
+        )
         runs.write_json(folder / "metrics.json", metrics)
     plan.write(profile)
     return runs.results(profile)
@@ -68,14 +77,22 @@ def _corpus(step, documents, folder, rng) -> dict:
 
 def _targets(step, documents, folder, rng) -> dict:
     tokens = int(documents.tokens.sum())
-    return {"tokens": tokens, "bytes": 36 * tokens, "bytes_per_token": 36.0, "tokens_per_second": 2500.0, "distinct_ids_per_token": 14.2,
-            "teacher_entropy": 2.9, "teacher_nll": 3.1, "flops": 2.7e8 * tokens}
+    return {
+        "tokens": tokens,
+        "bytes": 36 * tokens,
+        "bytes_per_token": 36.0,
+        "tokens_per_second": 2500.0,
+        "distinct_ids_per_token": 14.2,
+        "teacher_entropy": 2.9,
+        "teacher_nll": 3.1,
+        "flops": 2.7e8 * tokens,
+    }
 
 
 def _model(step, documents, folder, rng) -> dict:
     values = step.parameters
     members = [upstream for name, upstream in step.inputs.items() if name.startswith("member")]
-    trained = (members[0].parameters if members else values)
+    trained = members[0].parameters if members else values
     untrained = step.kind != "teacher" and trained.epochs == 0
     base = NLL[values.adaptation if step.kind == "teacher" else trained.objective]
     if untrained:
@@ -96,10 +113,20 @@ def _log(folder, base, rng, values) -> None:
     steps = np.arange(1, 101)
     curve = base + 3 * np.exp(-steps / 25) + rng.normal(0, 0.02, steps.size)
     validation = np.where(steps % 10 == 0, base + 3 * np.exp(-steps / 25), np.nan)
-    pd.DataFrame({
-        "step": steps, "epoch": steps / 50, "loss": curve, "ce": curve, "kd": curve - 1, "learning_rate": values.learning_rate,
-        "tokens": steps * 1000, "seconds": steps * 0.4, "memory_bytes": int(1e9), "validation_nll": validation,
-    }).to_csv(folder / "log.csv", index=False)
+    pd.DataFrame(
+        {
+            "step": steps,
+            "epoch": steps / 50,
+            "loss": curve,
+            "ce": curve,
+            "kd": curve - 1,
+            "learning_rate": values.learning_rate,
+            "tokens": steps * 1000,
+            "seconds": steps * 0.4,
+            "memory_bytes": int(1e9),
+            "validation_nll": validation,
+        }
+    ).to_csv(folder / "log.csv", index=False)
 
 
 def _evaluation(rows) -> dict:
@@ -108,24 +135,42 @@ def _evaluation(rows) -> dict:
         nll, accuracy = part.nll.sum() / part.tokens.sum(), part.correct.sum() / part.tokens.sum()
         bins = {kind: _bins(accuracy, gap, part.tokens.sum()) for kind, gap in (("raw", 0.06), ("calibrated", 0.01))}
         evaluation[split] = {
-            "nll": nll, "perplexity": np.exp(nll), "bits_per_byte": part.nll.sum() / np.log(2) / part.bytes.sum(), "accuracy": accuracy,
-            "ece": 0.06, "full_ece": 0.09, "tokens": int(part.tokens.sum()), "bytes": int(part.bytes.sum()), "documents": len(part),
-            "nll_calibrated": nll - 0.02, "ece_calibrated": 0.01, "full_ece_calibrated": 0.03,
+            "nll": nll,
+            "perplexity": np.exp(nll),
+            "bits_per_byte": part.nll.sum() / np.log(2) / part.bytes.sum(),
+            "accuracy": accuracy,
+            "ece": 0.06,
+            "full_ece": 0.09,
+            "tokens": int(part.tokens.sum()),
+            "bytes": int(part.bytes.sum()),
+            "documents": len(part),
+            "nll_calibrated": nll - 0.02,
+            "ece_calibrated": 0.01,
+            "full_ece_calibrated": 0.03,
         }
         reliability[split] = bins
         domains[split] = {
-            domain: {"nll": one.nll.sum() / one.tokens.sum(), "bits_per_byte": one.nll.sum() / np.log(2) / one.bytes.sum(),
-                     "accuracy": one.correct.sum() / one.tokens.sum(), "tokens": int(one.tokens.sum())}
+            domain: {
+                "nll": one.nll.sum() / one.tokens.sum(),
+                "bits_per_byte": one.nll.sum() / np.log(2) / one.bytes.sum(),
+                "accuracy": one.correct.sum() / one.tokens.sum(),
+                "tokens": int(one.tokens.sum()),
+            }
             for domain, one in part.groupby("domain")
         }
-    return json.loads(json.dumps({"evaluation": evaluation, "domains": domains, "reliability": reliability, "temperature": 1.1}))
+    return json.loads(
+        json.dumps({"evaluation": evaluation, "domains": domains, "reliability": reliability, "temperature": 1.1})
+    )
 
 
 def _bins(accuracy, gap, tokens) -> dict:
     confidence = (np.arange(BINS) + 0.5) / BINS
     counts = np.round(tokens * np.exp(-confidence / accuracy) / np.exp(-confidence / accuracy).sum())
-    return {"counts": counts.tolist(), "confidence_sums": (counts * confidence).tolist(),
-            "hits": (counts * np.clip(confidence - gap, 0, 1)).tolist()}
+    return {
+        "counts": counts.tolist(),
+        "confidence_sums": (counts * confidence).tolist(),
+        "hits": (counts * np.clip(confidence - gap, 0, 1)).tolist(),
+    }
 
 
 def _size(step, members) -> dict:
@@ -137,13 +182,34 @@ def _size(step, members) -> dict:
     if members:
         return size
     if step.kind == "teacher" and step.parameters.adaptation == "frozen":
-        return size | {"training": None, "unpruned": {"test": {"bits_per_byte": 1.0, "nll": 3.0, "tokens": 1000, "bytes": 4000}}}
+        return size | {
+            "training": None,
+            "unpruned": {"test": {"bits_per_byte": 1.0, "nll": 3.0, "tokens": 1000, "bytes": 4000}},
+        }
     if step.parameters.epochs == 0:
-        return size | {"training": {"tokens": 0, "steps": 0, "seconds": 0.0, "tokens_per_second": None, "flops": 0, "peak_memory_bytes": 0,
-                                    "final_loss": None}}
+        return size | {
+            "training": {
+                "tokens": 0,
+                "steps": 0,
+                "seconds": 0.0,
+                "tokens_per_second": None,
+                "flops": 0,
+                "peak_memory_bytes": 0,
+                "final_loss": None,
+            }
+        }
     tokens = 100_000
-    return size | {"training": {"tokens": tokens, "steps": 100, "seconds": 40.0, "tokens_per_second": 2500.0, "peak_memory_bytes": int(1e9),
-                                "flops": 6 * size["parameters"]["total"] * tokens, "final_loss": 4.2}}
+    return size | {
+        "training": {
+            "tokens": tokens,
+            "steps": 100,
+            "seconds": 40.0,
+            "tokens_per_second": 2500.0,
+            "peak_memory_bytes": int(1e9),
+            "flops": 6 * size["parameters"]["total"] * tokens,
+            "final_loss": 4.2,
+        }
+    }
 
 
 def _pooled(rows, members) -> dict:
@@ -152,6 +218,13 @@ def _pooled(rows, members) -> dict:
     means = rows.groupby("split").nll.sum() / rows.groupby("split").tokens.sum()
     return {
         "members": [member.id for member in members],
-        "pool": {split: {"member_nll_mean": mean + 0.09, "member_nll_best": mean + 0.08, "ambiguity_probability": 0.09,
-                         "ambiguity_logit": 0.08} for split, mean in means.items()},
+        "pool": {
+            split: {
+                "member_nll_mean": mean + 0.09,
+                "member_nll_best": mean + 0.08,
+                "ambiguity_probability": 0.09,
+                "ambiguity_logit": 0.08,
+            }
+            for split, mean in means.items()
+        },
     }

@@ -154,11 +154,15 @@ def test_an_ensemble_with_a_mixture_of_experts_survives_its_files(tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_attention_and_precision_asked_of_the_ensemble_reach_every_member(tmp_path, attention):
-    ensemble = EnsembleForCausalLM.from_members(unlike_members())
+    members = unlike_members()
+    members[0].save_pretrained(tmp_path / "member")
+    members[0] = AutoModelForCausalLM.from_pretrained(tmp_path / "member")  # its configuration now names a precision
+    ensemble = EnsembleForCausalLM.from_members(members)
     ensemble.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=attention, dtype=torch.bfloat16)
     assert {one.config._attn_implementation for one in loaded.members} == {attention}
     assert {one.dtype for one in loaded.members} == {torch.bfloat16} and loaded(text()).logits.dtype == torch.float32
+    assert loaded(text(), use_cache=True).past_key_values.layers[0].keys.dtype == torch.bfloat16
     whole = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=attention)
     assert torch.allclose(whole(text()).logits, ensemble(text()).logits, atol=1e-4)
 

@@ -291,6 +291,11 @@ def test_every_module_gets_its_own_mode_back_and_dropout_plays_no_part():
     assert evaluate(one, data, BLOCK).metrics == expected
     assert [module.training for module in one.modules()] == flags
     assert all(parameter.grad is None and parameter.requires_grad for parameter in one.parameters())
+    other = model(1).eval()
+    other.model.norm = one.model.norm  # shared: in train mode here, within a model in evaluation mode
+    one.model.norm.train()
+    evaluate([one, other], data, BLOCK, pool="logit")
+    assert one.model.norm.training and not other.training
     with pytest.raises(RuntimeError, match="interrupted"):
         evaluate(one, {"calibration": Interrupted(**vars(data["calibration"]))}, BLOCK)
     assert [module.training for module in one.modules()] == flags

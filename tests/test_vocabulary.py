@@ -165,6 +165,29 @@ def test_tokens_are_chosen_for_the_text_they_are_counted_in(full):
         assert length[0] < 0.8 * length[1]
 
 
+def by_hand(tokens, merges, reverse=False):
+    """The 256 bytes, then ``tokens``; or the same with ids in reverse."""
+    order = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *tokens]
+    backend = Tokenizer(models.BPE({text: i for i, text in enumerate(order[::-1] if reverse else order)}, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def test_a_token_counts_wherever_longer_ones_are_built_from_it():
+    tokenizer = by_hand(["ab", "abx", "aby", "cd"], [("a", "b"), ("ab", "x"), ("ab", "y"), ("c", "d")])
+    texts = ["abx"] * 3 + ["aby"] * 2 + ["cd"] * 4  # "ab" itself never; without "abx" and "aby" five times
+    added = [vocabulary.prune(tokenizer, texts, size)[1][256:].tolist() for size in (257, 258, 259)]
+    assert added == [[256], [256, 259], [256, 257, 259]]
+
+
+def test_parts_are_kept_where_ids_do_not_follow_the_merges():
+    tokens = ["ab", "abx", "abxy"]
+    tokenizer = by_hand(tokens, [("a", "b"), ("ab", "x"), ("abx", "y")], reverse=True)
+    for size, expected in ((256, set()), (257, {"ab"}), (258, {"ab", "abx"})):
+        pruned, _ = vocabulary.prune(tokenizer, ["abxy"], size)
+        assert set(tokens) & set(pruned.get_vocab()) == expected
+
+
 def test_used_special_tokens_stay_and_reserved_ones_go(full, pruned):
     tokenizer, _ = pruned
     assert not set(UNUSED) & set(tokenizer.get_vocab())
