@@ -1,5 +1,4 @@
-"""What was run and what it cost, as tidy tables: settings, corpus, vocabulary, work. Read from finished runs, without
-torch."""
+"""What was run and what it cost, as tidy tables: settings, corpus, vocabulary, work."""
 
 from inspect import signature
 
@@ -21,7 +20,7 @@ TARGETS = {
 
 
 def setup(profile: str, resamples: int) -> pd.DataFrame:
-    """The study's settings and a few counts, a row each: name, value. What the paper says about its own set-up is looked up here.
+    """The study's settings and a few counts, a row each: name, value. The paper looks its set-up up here.
 
     Values are those of the runs (and of the profile they were made from), so they cannot drift from what was done.
     """

@@ -8,6 +8,7 @@ the stored per-document sums.
 import itertools
 import json
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -27,7 +28,7 @@ BEST = "its best member"
 
 
 def models(profile: str) -> pd.DataFrame:
-    """The profile's teachers, students and ensembles: ``runs.table`` with ``method``, ``objective``, ``members`` and ``flops``.
+    """The profile's teachers, students and ensembles: ``runs.table`` with method, objective, members and flops added.
 
     ``objective`` of an ensemble is its members'; it is ``untrained`` for models left as initialised. ``flops`` is
     what training took: forward and backward passes of the model or its members, plus what the teacher computed for
@@ -65,7 +66,7 @@ def _flops(run: runs.Run, table: pd.DataFrame) -> float:
 
 
 def runs_table(profile: str) -> pd.DataFrame:
-    """Everything that was run, a row per run and evaluation split: settings, tokens, FLOPs, time, memory and every metric.
+    """Everything that was run, a row per run and split: settings, tokens, FLOPs, time, memory and every metric.
 
     Columns are prefixed by where they come from (``setting_``, ``training_``, ``cost_``, ``parameters_``, ``pool_``,
     ``targets_``); the evaluation of the row's split has no prefix. A corpus or targets run has one row, with an empty
@@ -75,16 +76,11 @@ def runs_table(profile: str) -> pd.DataFrame:
     for run_id, row in runs.table(profile).iterrows():
         settings, metrics = row.run.settings["parameters"], row.run.metrics
         common = {"run": run_id, "kind": row.run.kind, "label": row.label, "method": methods.get(run_id)}
-        common |= (
-            _prefixed("setting", settings)
-            | _prefixed("training", metrics.get("training"))
-            | _prefixed("cost", metrics["cost"])
-        )
-        common |= _prefixed("parameters", metrics.get("parameters"))
+        common |= _prefixed("setting", settings)
+        for part in ("training", "cost", "parameters"):
+            common |= _prefixed(part, metrics.get(part))
         if row.run.kind == "targets":
-            common |= _prefixed(
-                "targets", {name: value for name, value in metrics.items() if not isinstance(value, dict)}
-            )
+            common |= {f"targets_{name}": value for name, value in metrics.items() if not isinstance(value, dict)}
         for split, values in metrics.get("evaluation", {None: {}}).items():
             pool = _prefixed("pool", metrics.get("pool", {}).get(split))
             rows.append({**common, "split": split, **values, "fitted_temperature": metrics.get("temperature"), **pool})
@@ -92,10 +88,10 @@ def runs_table(profile: str) -> pd.DataFrame:
 
 
 def _prefixed(prefix: str, values: dict | None) -> dict:
-    flat = {
-        name: json.dumps(value) if isinstance(value, dict | list) else value for name, value in (values or {}).items()
+    return {
+        f"{prefix}_{name}": json.dumps(value) if isinstance(value, dict | list) else value
+        for name, value in (values or {}).items()
     }
-    return {f"{prefix}_{name}": value for name, value in flat.items()}
 
 
 def losses(chosen: Sequence[runs.Run], split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -108,8 +104,8 @@ def losses(chosen: Sequence[runs.Run], split: str) -> tuple[np.ndarray, np.ndarr
     for run, part in zip(chosen, parts, strict=True):
         if not part.tokens.equals(parts[0].tokens):
             raise KdlibError(
-                f"Runs {chosen[0].id} and {run.id} were not evaluated on the same {split} documents, so their losses cannot be compared. "
-                "Both must come from one corpus: delete the older one and have it made again."
+                f"Runs {chosen[0].id} and {run.id} were not evaluated on the same {split} documents, so their losses "
+                "cannot be compared. Both must come from one corpus: delete the older one and have it made again."
             )
     return np.stack([part.nll.to_numpy() for part in parts]), parts[0].tokens.to_numpy()
 
@@ -127,21 +123,15 @@ def mean_losses(table: pd.DataFrame, resamples: int) -> pd.DataFrame:
             nll, tokens = losses(list(group.run), split)
             interval = statistics.seed_bootstrap(nll, np.zeros((1, len(tokens))), tokens, resamples)
             error = statistics.mean_interval(nll.sum(axis=1) / tokens.sum()).standard_error
-            summary = {
+            row = {"method": method, "split": split, "runs": len(group)}
+            row |= {
                 "nll": interval.difference,
                 "low": interval.low,
                 "high": interval.high,
                 "seed_standard_error": error,
             }
-            mean = values.drop(columns=["nll", "perplexity", "tokens", "bytes", "documents"]).mean()
-            row = {
-                "method": method,
-                "split": split,
-                "runs": len(group),
-                **summary,
-                "perplexity": np.exp(interval.difference),
-                **mean,
-            }
+            row |= {"perplexity": np.exp(interval.difference)}
+            row |= values.drop(columns=["nll", "perplexity", "tokens", "bytes", "documents"]).mean().to_dict()
             rows.append(row | {"tokens": tokens.sum(), "sources": len(tokens)})
     return pd.DataFrame(rows)
 
@@ -187,48 +177,40 @@ def rivals(ensembles: pd.DataFrame) -> list[tuple[str, str, bool]]:
     return pairs
 
 
-def difference(
-    a: Sequence[runs.Run], b: Sequence[runs.Run], split: str, resamples: int, paired: bool
-) -> tuple[statistics.Comparison, float]:
-    """Mean NLL of runs ``a`` minus that of runs ``b`` and its standard error over seeds.
+class Pair(NamedTuple):
+    """A comparison to make: is A better than B?
 
-    Args:
-        paired: run i of ``a`` belongs to run i of ``b`` (an ensemble and its own member, two pools of the same
-        members): the differences are
-            resampled. Otherwise the seeds of either side are drawn independently.
+    ``paired``: run i of A belongs to run i of B (an ensemble and its own member, two pools of the same members), so
+    their differences are resampled. Otherwise the seeds of either side are drawn independently.
     """
-    (nll_a, tokens), (nll_b, _) = losses(a, split), losses(b, split)
-    sides = [nll_a - nll_b, np.zeros((1, len(tokens)))] if paired else [nll_a, nll_b]
-    errors = [
-        statistics.mean_interval(side.sum(axis=1) / tokens.sum()).standard_error for side in sides[: 1 if paired else 2]
-    ]
+
+    a: str
+    b: str
+    runs_a: Sequence[runs.Run]
+    runs_b: Sequence[runs.Run]
+    paired: bool
+
+
+def difference(pair: Pair, split: str, resamples: int) -> tuple[statistics.Comparison, float]:
+    """Mean NLL of A minus that of B, nats per token, and its standard error over seeds."""
+    (nll_a, tokens), (nll_b, _) = losses(pair.runs_a, split), losses(pair.runs_b, split)
+    sides = (nll_a - nll_b, np.zeros((1, len(tokens)))) if pair.paired else (nll_a, nll_b)
+    varied = sides[:1] if pair.paired else sides
+    errors = [statistics.mean_interval(side.sum(axis=1) / tokens.sum()).standard_error for side in varied]
     return statistics.seed_bootstrap(*sides, tokens, resamples), float(np.sqrt(np.square(errors).sum()))
 
 
-def differences(
-    pairs: Sequence[tuple[str, str, Sequence[runs.Run], Sequence[runs.Run], bool]], resamples: int
-) -> pd.DataFrame:
-    """One family of comparisons, a row per pair and split: difference A − B (nats/token), Holm-adjusted interval and p, verdict, sentence.
-
-    Args:
-        pairs: name of A, name of B, runs of A, runs of B, and whether they are paired run by run.
-    """
-    keys = [(one, split) for one in pairs for split in TEXTS]
-    measured = [difference(a, b, split, resamples, paired) for (_, _, a, b, paired), split in keys]
+def differences(pairs: Sequence[Pair], resamples: int) -> pd.DataFrame:
+    """One family of comparisons, a row per pair and split: difference, adjusted interval and p, verdict, sentence."""
+    keys = [(pair, split) for pair in pairs for split in TEXTS]
+    measured = [difference(pair, split, resamples) for pair, split in keys]
     adjusted = statistics.holm_intervals([comparison for comparison, _ in measured])
     rows = []
-    for ((better, than, a, _, _), split), comparison, (_, error) in zip(keys, adjusted, measured, strict=True):
+    for (pair, split), comparison, (_, error) in zip(keys, adjusted, measured, strict=True):
         claim = statistics.claim(comparison, error)
-        numbers = {name: getattr(comparison, name) for name in ("difference", "low", "high", "p_value", "level")}
-        row = {
-            "a": better,
-            "b": than,
-            "split": split,
-            "runs": len(a),
-            **numbers,
-            "seed_standard_error": error,
-            "verdict": claim.verdict,
-        }
+        row = {"a": pair.a, "b": pair.b, "split": split, "runs": len(pair.runs_a)}
+        row |= {name: getattr(comparison, name) for name in ("difference", "low", "high", "p_value", "level")}
+        row |= {"seed_standard_error": error, "verdict": claim.verdict}
         rows.append(row | {"sentence": sentence(row, claim.reason.rsplit(": ", 1)[1])})
     return pd.DataFrame(rows)
 

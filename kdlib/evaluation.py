@@ -123,7 +123,9 @@ def hidden_states(
         batch = {name: torch.from_numpy(values).to(device) for name, values in rows(split, part).items()}
         mask = attention_mask(batch["segments"], dtype)
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            output = decoder(input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=mask)
+            output = decoder(
+                input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=mask, use_cache=False
+            )
         hidden = output.last_hidden_state[torch.from_numpy(part >= 0).to(device)].to(dtype)
         if states is None:
             states = hidden.new_empty(len(positions), hidden.shape[-1])

@@ -18,13 +18,14 @@ WIDTH = 6.3  # inches: the paper's text width
 
 def use_style() -> None:
     """Set matplotlib up for the paper: small type, few lines, fonts embedded, the same bytes from the same data."""
-    sns.set_theme(context="paper", style="ticks", rc={
-        "font.size": 8, "axes.labelsize": 8, "axes.titlesize": 8, "axes.titleweight": "bold", "axes.titlelocation": "left",
-        "xtick.labelsize": 7.5, "ytick.labelsize": 7.5, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
-        "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.major.size": 3, "ytick.major.size": 3, "axes.formatter.useoffset": False,
-        "figure.constrained_layout.use": True, "figure.dpi": 100, "savefig.dpi": 200,
-        "pdf.fonttype": 42, "font.family": "DejaVu Sans", "lines.linewidth": 1.2,
-    })  # fmt: skip
+    axes = {"labelsize": 8, "titlesize": 8, "titleweight": "bold", "titlelocation": "left", "linewidth": 0.6}
+    ticks = {"labelsize": 7.5, "major.width": 0.6, "major.size": 3}
+    rc = {f"axes.{name}": value for name, value in axes.items()}
+    rc |= {f"{side}tick.{name}": value for side in "xy" for name, value in ticks.items()}
+    rc |= {"axes.spines.top": False, "axes.spines.right": False, "axes.formatter.useoffset": False, "font.size": 8}
+    rc |= {"figure.constrained_layout.use": True, "figure.dpi": 100, "savefig.dpi": 200, "lines.linewidth": 1.2}
+    rc |= {"pdf.fonttype": 42, "font.family": "DejaVu Sans"}
+    sns.set_theme(context="paper", style="ticks", rc=rc)
 
 
 def colour(method: str) -> str:
@@ -35,7 +36,7 @@ def colour(method: str) -> str:
 
 
 def dots(axis: Axes, frame: pd.DataFrame, label: str, value: str, limits: tuple[float, float] | None = None) -> None:
-    """A line per row of ``frame``, top first: the value with its interval (columns low, high), and the number at the right.
+    """A line per row of ``frame``, top first: the value, its interval (columns low, high), and the number at the right.
 
     A value beyond ``limits`` becomes an arrow at that edge; the number stays what it is.
     """
@@ -89,7 +90,7 @@ def learning_curve(run: runs.Run) -> None:
 
 
 def reliability(axis: Axes, bins: pd.DataFrame, text: str, tint: str) -> None:
-    """Accuracy against confidence of the top-1 prediction, a dot a bin with area by its tokens; calibrated is the diagonal.
+    """Accuracy against confidence of the first choice: a dot a bin, its area by its tokens; the diagonal is calibrated.
 
     Args:
         bins: columns counts, confidence_sums, hits; empty bins are left out.

@@ -22,7 +22,9 @@ def find(name: str | Path) -> Path:
     """
     path = Path(name)
     if path.stem not in NOTEBOOKS:
-        raise KdlibError(f"Unknown notebook {str(name)!r}. Expected one of {', '.join(f'notebooks/{one}.ipynb' for one in NOTEBOOKS)}.")
+        raise KdlibError(
+            f"Unknown notebook {str(name)!r}. Expected one of {', '.join(f'notebooks/{one}.ipynb' for one in NOTEBOOKS)}."
+        )
     for candidate in (path, REPOSITORY / "notebooks" / f"{path.stem}.ipynb"):
         if candidate.is_file():
             return candidate.resolve()
@@ -39,7 +41,9 @@ def cells(path: Path) -> list[dict[str, Any]]:
         found = json.loads(path.read_text(encoding="utf-8"))["cells"]
         return [{**cell, "source": "".join(cell["source"])} for cell in found]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise KdlibError(f"{path} cannot be read as a notebook ({type(error).__name__}: {error}). Restore it with git.") from error
+        raise KdlibError(
+            f"{path} cannot be read as a notebook ({type(error).__name__}: {error}). Restore it with git."
+        ) from error
 
 
 def code_hash(path: Path) -> str:
@@ -56,7 +60,9 @@ def declared(path: Path) -> dict[str, Any]:
     """
     tagged = [cell for cell in cells(path) if "parameters" in cell.get("metadata", {}).get("tags", [])]
     if len(tagged) != 1:
-        raise KdlibError(f"{path} has {len(tagged)} cells tagged 'parameters'; expected exactly one, which papermill fills.")
+        raise KdlibError(
+            f"{path} has {len(tagged)} cells tagged 'parameters'; expected exactly one, which papermill fills."
+        )
     values = {}
     for statement in ast.parse(tagged[0]["source"]).body:
         try:

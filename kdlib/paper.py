@@ -58,8 +58,8 @@ def generate(profile: str) -> Path:
     found = report.numbers(profile)
     if unknown := sorted(shown((SOURCE / "main.tex").read_text(encoding="utf-8")) - set(found)):
         raise KdlibError(
-            f"paper/main.tex shows numbers that profile {profile!r} does not have: {', '.join(unknown)}. The study must hold both "
-            "objectives, ce and kd, and the probability pool."
+            f"paper/main.tex shows numbers that profile {profile!r} does not have: {', '.join(unknown)}. "
+            "The study must hold both objectives, ce and kd, and the probability pool."
         )
     folder = runs.home() / "paper" / "generated" / Path(profile).stem
     shutil.rmtree(folder, ignore_errors=True)
@@ -132,7 +132,8 @@ def engine() -> str:
     platform = f"{sys.platform}-{os.uname().machine}"
     if platform not in TINYTEX:
         raise KdlibError(
-            f"There is no pdflatex here and no TinyTeX for {platform} (only for {', '.join(TINYTEX)}). Install TeX Live, then try again."
+            f"There is no pdflatex here and no TinyTeX for {platform} (only for {', '.join(TINYTEX)}). "
+            "Install TeX Live, then try again."
         )
     source = sources.catalogue()["tinytex"]
     folder = sources.cache_folder() / "extracted" / source.sha256[:12]
@@ -157,7 +158,8 @@ def main(arguments: list[str] | None = None) -> int:
     profile = parser.parse_args(arguments).profile
     try:
         print(build(profile))
-        if Path(profile).stem == report.README_PROFILE:
+        # A results home apart from the repository has no README to redraw.
+        if Path(profile).stem == report.README_PROFILE and (runs.home() / "README.md").is_file():
             report.update_readme()
     except KdlibError as error:
         print(error, file=sys.stderr)

@@ -69,7 +69,13 @@ def _source_identities(step: Step) -> dict[str, str]:
         names = [values.source]
     else:
         names = []
-    return {name: sources.identity(sources.resolve(name)) for name in names}
+    return {name: _identity(name) for name in names}
+
+
+@cache
+def _identity(source: str) -> str:
+    # A study of many runs asks for the same few, each time through the whole catalogue.
+    return sources.identity(sources.resolve(source))
 
 
 def step(values: Parameters, label: str = "") -> Step:

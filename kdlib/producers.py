@@ -115,9 +115,7 @@ def _teacher(step: Step, inputs: dict, folder: Path) -> dict:
 def _unpruned(model, tokenizer, precision: str, corpus_run: runs.Run) -> dict:
     """The teacher with its whole vocabulary on the test documents, as a reference for what pruning costs."""
     table = pd.read_parquet(corpus_run.path / "data" / "documents.parquet")
-    test = table[table.split == "test"]
-    whole = dict.fromkeys(test.domain.unique(), 1.0)
-    split = corpus.select(test.assign(split="test"), tokenizer, {"test": 10**12}, whole)["test"]
+    split = corpus.tokenise("test", table[table.split == "test"], tokenizer)
     found = evaluate(model, {"test": split}, _block_length(corpus_run), temperature=1.0, autocast=models.precision(precision))
     return {key: found.metrics["evaluation"]["test"][key] for key in ("bits_per_byte", "nll", "tokens", "bytes")}
 

@@ -6,6 +6,7 @@ notebook, so a notebook run with ``--profile quick`` and one run by hand with th
 """
 
 import difflib
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -210,9 +211,16 @@ def load(name: str) -> Profile:
     Raises:
         KdlibError: no such profile, not YAML, or a section with an unknown name or a value out of range.
     """
-    path = Path(name) if str(name).endswith((".yaml", ".yml")) else REPOSITORY / "profiles" / f"{name}.yaml"
-    if not path.is_file() or path.stem == "sources":
+    given = name.endswith((".yaml", ".yml"))
+    path = Path(name).resolve() if given else REPOSITORY / "profiles" / f"{name}.yaml"
+    if not (path.is_file() if given else name in available()):
         raise KdlibError(f"Unknown profile {name!r}. Expected one of {', '.join(available())}, or the path of a .yaml file.")
+    return _loaded(name, path, path.stat().st_mtime_ns)
+
+
+@lru_cache
+def _loaded(name: str, path: Path, modified: int) -> Profile:
+    # Planning a study asks for its profile once a run and parameter; `modified` has an edited file read again.
     try:
         values = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
@@ -220,8 +228,12 @@ def load(name: str) -> Profile:
     if not isinstance(values, dict):
         raise KdlibError(f"Profile {path} must hold a mapping with the sections {', '.join(Profile.model_fields)}.")
     for section in ("corpus", "teacher", "targets", "student", "ensemble", "analysis"):
-        values[section] = {"profile": str(name), **(values.get(section) or {})}
-    return _validated(Profile, values, f"profile {name!r}")
+        if isinstance(values.get(section), dict):
+            values[section] = {"profile": name, **values[section]}
+    found = _validated(Profile, values, f"profile {name!r}")
+    if found.name != path.stem:
+        raise KdlibError(f"Profile {path} calls itself {found.name!r}, but its results are kept under {path.stem!r}. Give both one name.")
+    return found
 
 
 def parameters(notebook: str, profile: str, /, **changes: Any) -> Parameters:
@@ -266,7 +278,7 @@ def _refuse_unknown(model: type[BaseModel], values: dict, where: str) -> None:
 
 def _validated(model: type[BaseModel], values: dict, where: str):
     try:
-        return model(**values)
+        return model.model_validate(values)
     except ValidationError as error:
         problems = []
         for problem in error.errors():

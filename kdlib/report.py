@@ -5,7 +5,6 @@ in ``results/<profile>/numbers/<notebook>.json``; LaTeX and Markdown are generat
 """
 
 import csv
-import json
 import re
 import string
 from collections.abc import Iterable
@@ -18,7 +17,8 @@ import pandas as pd
 from kdlib import runs
 from kdlib.errors import KdlibError
 
-# What each analysis writes: results/<profile>/<table>.csv and figures/<profile>/<figure>.{pdf,png}, every figure over a CSV of its name.
+# What each analysis writes: tables results/<profile>/<table>.csv and figures figures/<profile>/<figure>.{pdf,png}, each
+# of which has a table of its name.
 ANALYSES = {
     "10_objectives": (
         ["objectives", "objectives_seeds", "objectives_differences", "learning_curves"],
@@ -38,15 +38,14 @@ README_FIGURES = {
 
 
 def save_table(frame: pd.DataFrame, profile: str, stem: str) -> None:
-    """Write ``results/<profile>/<stem>.csv``: six significant digits, whole numbers in full, empty cells for what is
-    unknown."""
+    """Write ``results/<profile>/<stem>.csv``: six digits, whole numbers in full, empty cells for what is unknown."""
     path = runs.results(profile) / f"{stem}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     frame.convert_dtypes().to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
 
 
 class _Formatter(string.Formatter):
-    # Adds the format "si" for counts that span many powers of ten: in full below 10 000, else three digits and a metric prefix.
+    # Adds the format "si" for counts of any size: in full below 10 000, else three digits and a metric prefix.
     def format_field(self, value, spec):
         if spec != "si" or isinstance(value, str):
             return super().format_field(value, spec.removeprefix("si"))
@@ -84,7 +83,7 @@ def rows(profile: str, stem: str, where: dict[str, str]) -> list[dict[str, str]]
         raise KdlibError(
             f"{path} is missing. An analysis writes it; make it with: make paper PROFILE={Path(profile).stem}"
         )
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         found = list(csv.DictReader(file))
     if unknown := set(where) - set(found[0] if found else where):
         raise KdlibError(f"{path} has no column {', '.join(sorted(unknown))}; it has {', '.join(found[0])}.")
@@ -159,25 +158,58 @@ class Table:
 _METHOD = {"Method": "{method}", "Runs": "{runs}"}
 _LOSS = {"NLL": "{nll:.3f}", "Interval": "[{low:.3f}, {high:.3f}]"}
 _QUALITY = {"Bits/byte": "{bits_per_byte:.3f}", "Accuracy": "{accuracy:.3f}", "ECE": "{ece:.3f}"}
+_CALIBRATED = {"Calibrated NLL": "{nll_calibrated:.3f}"}
 _SIZE = {"Parameters": "{parameters:si}", "Training FLOPs": "{flops:si}"}
-_DIFFERENCE = {"A": "{a}", "B": "{b}", "Text": "{split}", "A − B": "{difference:+.3f}", "Interval": "[{low:+.3f}, {high:+.3f}]",
-               "p": "{p_value:.3f}", "A is better": "{verdict}"}  # fmt: skip
+_DIFFERENCE = {
+    "A": "{a}",
+    "B": "{b}",
+    "Text": "{split}",
+    "A − B": "{difference:+.3f}",
+    "Interval": "[{low:+.3f}, {high:+.3f}]",
+    "p": "{p_value:.3f}",
+    "A is better": "{verdict}",
+}
+_CORPUS = {
+    "Split": "{split}",
+    "Domain": "{domain}",
+    "Sources": "{sources:,}",
+    "Documents": "{documents:,}",
+    "Bytes": "{bytes:si}",
+    "Tokens": "{tokens:si}",
+    "Licence": "{licence}",
+}
+_CALIBRATION = {
+    "Method": "{method}",
+    "Text": "{split}",
+    "Temperature": "{temperature:.3f}",
+    "ECE": "{ece:.3f} → {ece_calibrated:.3f}",
+    "Full ECE": "{full_ece:.3f} → {full_ece_calibrated:.3f}",
+    "NLL": "{nll:.3f} → {nll_calibrated:.3f}",
+}
+_COST = {
+    "What": "{what}",
+    "Runs": "{runs}",
+    "Tokens": "{tokens:si}",
+    "Tokens/s": "{tokens_per_second:si}",
+    "Seconds": "{seconds:,.0f}",
+    "Peak memory (B)": "{peak_memory_bytes:si}",
+    "FLOPs": "{flops:si}",
+    "Bytes/token": "{bytes_per_token:.1f}",
+}
+_VOCABULARY = {"Teacher": "{teacher}", "Vocabulary": "{vocabulary:,}", "Bits/byte": "{bits_per_byte:.3f}"}
 TABLES = {
-    "corpus": Table("corpus", {"Split": "{split}", "Domain": "{domain}", "Sources": "{sources:,}", "Documents": "{documents:,}",
-                               "Bytes": "{bytes:si}", "Tokens": "{tokens:si}", "Licence": "{licence}"}),
-    "vocabulary": Table("vocabulary", {"Teacher": "{teacher}", "Vocabulary": "{vocabulary:,}", "Bits/byte": "{bits_per_byte:.3f}"}),
-    "objectives": Table("objectives", _METHOD | {"Text": "{split}"} | _LOSS | {"Perplexity": "{perplexity:.1f}"} | _QUALITY),
+    "corpus": Table("corpus", _CORPUS),
+    "vocabulary": Table("vocabulary", _VOCABULARY),
+    "objectives": Table(
+        "objectives", _METHOD | {"Text": "{split}"} | _LOSS | {"Perplexity": "{perplexity:.1f}"} | _QUALITY
+    ),
     "objectives_differences": Table("objectives_differences", _DIFFERENCE),
-    "methods": Table("methods", _METHOD | _LOSS | _QUALITY | {"Calibrated NLL": "{nll_calibrated:.3f}"} | _SIZE, {"split": "test"}),
-    "methods_ood": Table("methods", _METHOD | _LOSS | _QUALITY | {"Calibrated NLL": "{nll_calibrated:.3f}"}, {"split": "ood"}),
+    "methods": Table("methods", _METHOD | _LOSS | _QUALITY | _CALIBRATED | _SIZE, {"split": "test"}),
+    "methods_ood": Table("methods", _METHOD | _LOSS | _QUALITY | _CALIBRATED, {"split": "ood"}),
     "methods_differences": Table("methods_differences", _DIFFERENCE),
-    "calibration": Table("calibration", {"Method": "{method}", "Text": "{split}", "Temperature": "{temperature:.3f}",
-                                         "ECE": "{ece:.3f} → {ece_calibrated:.3f}", "Full ECE": "{full_ece:.3f} → {full_ece_calibrated:.3f}",
-                                         "NLL": "{nll:.3f} → {nll_calibrated:.3f}"}),
-    "cost": Table("cost", {"What": "{what}", "Runs": "{runs}", "Tokens": "{tokens:si}", "Tokens/s": "{tokens_per_second:si}",
-                           "Seconds": "{seconds:.0f}", "Peak memory (B)": "{peak_memory_bytes:si}", "FLOPs": "{flops:si}",
-                           "Bytes/token": "{bytes_per_token:.1f}"}),
-}  # fmt: skip
+    "calibration": Table("calibration", _CALIBRATION),
+    "cost": Table("cost", _COST),
+}
 
 
 def findings(profile: str, stem: str) -> list[str]:
@@ -188,6 +220,7 @@ def findings(profile: str, stem: str) -> list[str]:
 def latex(text: str) -> str:
     """Plain text as LaTeX: special characters escaped, hyphens before digits as minus signs."""
     text = re.sub(r"([&%$#_{}])", r"\\\1", text.replace("\\", r"\textbackslash "))
+    text = text.replace("~", r"\textasciitilde{}").replace("^", r"\textasciicircum{}")
     text = re.sub(r"(?<![\w.])[-−](?=\d)", "$-$", text)
     text = re.sub(r"(?<=\d) (?=[kMGTP]\b)", "~", text)
     for mark, command in {"→": r"$\to$", "−": "$-$", "–": "--", "≥": r"$\ge$", "≤": r"$\le$", "×": r"$\times$"}.items():
@@ -201,12 +234,12 @@ def latex_macros(values: dict[str, str]) -> str:
 
 
 def latex_table(table: Table, profile: str) -> str:
-    """A ``tabular`` with booktabs rules: first column to the left, numbers to the right."""
+    """A ``tabular`` with booktabs rules: numbers to the right, words to the left."""
     body = table.body(profile)
-    line = lambda cells: " & ".join(latex(cell) for cell in cells) + r" \\"  # noqa: E731
     aligned = "".join("r" if _is_number([row[i] for row in body]) else "l" for i in range(len(table.columns)))
-    return "\n".join([rf"\begin{{tabular}}{{@{{}}{aligned}@{{}}}}", r"\toprule", line(table.columns), r"\midrule",
-                      *map(line, body), r"\bottomrule", r"\end{tabular}", ""])  # fmt: skip
+    heading, *lines = [" & ".join(map(latex, cells)) + r" \\" for cells in [table.columns, *body]]
+    ruled = [r"\toprule", heading, r"\midrule", *lines, r"\bottomrule"]
+    return "\n".join([rf"\begin{{tabular}}{{@{{}}{aligned}@{{}}}}", *ruled, r"\end{tabular}", ""])
 
 
 def _is_number(cells: Iterable[str]) -> bool:
@@ -240,11 +273,13 @@ def _replace(text: str, name: str, generated: str) -> str:
 
 def _results(profile: str) -> str:
     if not (runs.results(profile) / "numbers").is_dir():
-        return f"The results of the `{profile}` profile have not been made yet: `make paper PROFILE={profile}` fills this part in."
+        return f"No results of the profile `{profile}` yet: `make paper PROFILE={profile}` fills this part in."
     found, table = numbers(profile), TABLES["methods"]
+    setup = {name: found[f"setup/{name}/value"] for name in ("runs", "device", "epochs")}
     about = (
-        f"Drawn from the {found['setup/runs/value']} runs of the profile `{profile}` ({found['setup/device/value']}): test text, losses in nats per "
-        f"token with bootstrap intervals over seeds and sources, {found['setup/train_tokens/si']} training tokens seen {found['setup/epochs/value']} times."
+        f"Drawn from the {setup['runs']} runs of the profile `{profile}` on {setup['device']}: "
+        f"{found['setup/train_tokens/si']} tokens of training text, {setup['epochs']} epochs. Losses are nats per token "
+        "of test text, with bootstrap intervals over seeds and sources."
     )
     said = "\n".join(f"- {sentence}" for stem in FINDINGS for sentence in findings(profile, stem))
     pictures = [f"![{alt}](figures/{profile}/{stem}.png)" for stem, alt in README_FIGURES.items()]

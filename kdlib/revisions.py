@@ -33,11 +33,13 @@ def code_hash(module: str) -> str:
 
 def _bare(source: str) -> str:
     # Text, not the syntax tree, is hashed: the tree's printed form differs between Python versions.
-    drop = set()
+    drop, lines = set(), source.splitlines()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
-            drop.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    lines = source.splitlines()
+            docstring = node.body[0]
+            # Not one that shares its line with code, as in: class Error(ValueError): "docstring"
+            if not lines[docstring.lineno - 1].encode()[: docstring.col_offset].strip():
+                drop.update(range(docstring.lineno, docstring.end_lineno + 1))
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             row, column = token.start

@@ -50,8 +50,12 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("notebook", nargs="?", help="path or name, as in notebooks/04_student.ipynb")
     parser.add_argument("--profile", default="smoke", help="name, or path of a .yaml file (default: smoke)")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one parameter; the value is YAML; repeatable")
-    parser.add_argument("--output", type=Path, help="where the executed notebook goes (default: results/<profile>/executed)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="one parameter; the value is YAML; repeatable"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="where the executed notebook goes (default: results/<profile>/executed)"
+    )
     parser.add_argument("--list", action="store_true", help="show every notebook's parameters, defaults and meaning")
     options = parser.parse_args(arguments)
     if not options.list and not options.notebook:
@@ -87,7 +91,9 @@ def listing() -> str:
     for notebook, (model, _) in profiles.NOTEBOOKS.items():
         defaults = profiles.parameters(notebook, "smoke").model_dump()
         lines.append(f"{notebook}")
-        lines += [f"  {name} = {defaults[name]!r}\n      {entry.description}" for name, entry in model.model_fields.items()]
+        lines += [
+            f"  {name} = {defaults[name]!r}\n      {entry.description}" for name, entry in model.model_fields.items()
+        ]
     return "\n".join(lines)
 
 
@@ -131,13 +137,24 @@ def execute(path: Path, output: Path, values: dict[str, Any]) -> int:
 
         try:
             execute_notebook(
-                path, output, values, kernel_name="python3", cwd=profiles.REPOSITORY, progress_bar=False,
-                stdout_file=sys.stdout, stderr_file=sys.stderr, km=kernel,
+                path,
+                output,
+                values,
+                kernel_name="python3",
+                language="python",
+                cwd=profiles.REPOSITORY,
+                progress_bar=False,
+                stdout_file=sys.stdout,
+                stderr_file=sys.stderr,
+                km=kernel,
             )
         except PapermillExecutionError as error:
             return _report(error, output)
         except DeadKernelError:
-            print(f"The kernel of {path.stem} died, most often for lack of memory. What it had done is in {output}.", file=sys.stderr)
+            print(
+                f"The kernel of {path.stem} died, most often for lack of memory. What it had done is in {output}.",
+                file=sys.stderr,
+            )
             return 1
     print(f"Executed notebook: {output}")
     return 0
@@ -171,7 +188,9 @@ def _kernel(cwd: Path) -> Iterator[Any]:
 
     # No kernel folders: a "python3" that the user installed elsewhere is not this interpreter.
     specs = KernelSpecManager(kernel_dirs=[])
-    with tempfile.TemporaryDirectory(prefix="kdlib-", dir=None if len(tempfile.gettempdir()) < 60 else "/tmp") as folder:
+    with tempfile.TemporaryDirectory(
+        prefix="kdlib-", dir=None if len(tempfile.gettempdir()) < 60 else "/tmp"
+    ) as folder:
         kernel = AsyncKernelManager(
             kernel_name="python3", kernel_spec_manager=specs, transport="ipc", connection_file=f"{folder}/kernel.json"
         )

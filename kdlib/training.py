@@ -19,8 +19,7 @@ import psutil
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.utils.notebook import NotebookProgressCallback
+from transformers.trainer_callback import PrinterCallback
 
 from kdlib import corpus, models
 from kdlib.cache import TargetCache
@@ -79,7 +78,8 @@ class DistillationTrainer(Trainer):
         validation, validation_index: measured a few times along the way.
 
     Raises:
-        KdlibError: nothing to train on, a multiplier that matches no parameter, or (while training) a non-finite loss.
+        KdlibError: nothing to train on, a teacher that shares parameters with the model, a multiplier that matches no
+            parameter, or (while training) a non-finite loss or gradient.
     """
 
     def __init__(
@@ -99,13 +99,16 @@ class DistillationTrainer(Trainer):
     ):
         if not len(index):
             raise KdlibError(f"The split {split.name!r} has no rows to train on; raise train_tokens or lower block_length.")
+        if teacher is not None and {id(one) for one in teacher.parameters()} & {id(one) for one in model.parameters()}:
+            raise KdlibError(
+                "Teacher and student share parameters, so one's eval mode and freezing would be the other's. Give the teacher a copy of its own."
+            )
         self.kd_weight, self.temperature, self.teacher = kd_weight, temperature, teacher
         self.multipliers = multipliers or {}
         self.autocast = models.precision(settings.precision)
         self.validation = (validation, validation_index)
         self.log_path = folder / "log.csv"
         self.steps = steps(settings, len(index))
-        self._settings = settings
         every = max(1, math.ceil(self.steps / CHECKPOINTS))
         arguments = TrainingArguments(
             output_dir=str(folder / "checkpoints"),
@@ -137,8 +140,7 @@ class DistillationTrainer(Trainer):
         )
         # Labels are already those of the next token, and the loss divides by the tokens of the whole step itself.
         self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, False
-        for callback in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
-            self.remove_callback(callback)
+        self.remove_callback(PrinterCallback)
         self.add_callback(_Progress())
         self._body = models.body(model)
         if settings.compile and _can_compile(self.args.device):
@@ -157,8 +159,11 @@ class DistillationTrainer(Trainer):
         checkpoint = newest_checkpoint(Path(self.args.output_dir))
         self._restore_log(checkpoint)
         self._resumed_at = time.perf_counter()
-        if self.steps:
+        if _step(checkpoint) < self.steps:
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        elif checkpoint is not None:
+            # Killed after its last step; the Trainer would take one more.
+            self._load_from_checkpoint(str(checkpoint))
         rows = read_log(self.log_path)
         losses = [float(row["loss"]) for row in rows if row["loss"]]
         context = len(self.train_dataset[0]) if len(self.train_dataset) else 0
@@ -176,7 +181,7 @@ class DistillationTrainer(Trainer):
         """Loss of one micro-batch, divided by the tokens of the whole optimisation step."""
         hidden = self._hidden(self._body, inputs)
         weight, bias = models.head(self.model)
-        targets = inputs.get("targets")
+        targets = inputs["targets"].to(hidden.device) if "targets" in inputs else None
         if self.teacher is not None and self.kd_weight > 0:
             with torch.no_grad():
                 teacher_hidden = self._hidden(models.body(self.teacher), inputs).flatten(0, 1)
@@ -184,15 +189,11 @@ class DistillationTrainer(Trainer):
             dtype = self.autocast or teacher_hidden.dtype
             targets = DenseTargets(teacher_hidden.to(dtype), teacher_weight.to(dtype), None if teacher_bias is None else teacher_bias.to(dtype))
         parts = linear_distillation_loss(
-            hidden.flatten(0, 1), weight, bias, inputs["labels"].flatten(), targets if targets is None else targets.to(hidden.device),
+            hidden.flatten(0, 1), weight, bias, inputs["labels"].flatten(), targets,
             self.kd_weight, self.temperature, num_items_in_batch, self.autocast,
         )
         if not torch.isfinite(parts.loss):
-            kept = newest_checkpoint(Path(self.args.output_dir))
-            raise KdlibError(
-                f"The loss became {parts.loss.item()} at step {self.state.global_step + 1} of {self.steps}. Training stopped; the last good "
-                f"checkpoint is {kept or 'none yet'}. A lower learning_rate or a longer warmup usually helps; with precision=bfloat16, try float32."
-            )
+            self._refuse("loss", parts.loss.item(), self.state.global_step + 1)
         if model.training:
             self._parts["ce"] += parts.ce.item()
             self._parts["kd"] += 0.0 if parts.kd is None else parts.kd.item()
@@ -201,12 +202,19 @@ class DistillationTrainer(Trainer):
         loss = parts.loss * self.accelerator.num_processes if num_items_in_batch is not None else parts.loss
         return (loss, parts) if return_outputs else loss
 
+    def _refuse(self, what: str, value: float, step: int) -> None:
+        kept = newest_checkpoint(Path(self.args.output_dir))
+        raise KdlibError(
+            f"The {what} became {value} at step {step} of {self.steps}. Training stopped; the last good checkpoint is {kept or 'none yet'}. "
+            "A lower learning_rate or a longer warmup usually helps; with precision=bfloat16, try float32."
+        )
+
     def _hidden(self, body, inputs):
         dtype = next(self.model.parameters()).dtype
         mask = models.attention_mask(inputs["segments"], dtype)
         device = inputs["input_ids"].device.type
         with torch.autocast(device, dtype=self.autocast) if self.autocast else nullcontext():
-            return body(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], attention_mask=mask).last_hidden_state
+            return body(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], attention_mask=mask, use_cache=False).last_hidden_state
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Mean negative log-likelihood of the validation rows, logged as ``validation_nll`` (nats a token)."""
@@ -241,6 +249,9 @@ class DistillationTrainer(Trainer):
         """Write one row of the per-step log."""
         if "loss" not in logs:
             return
+        # Rows are logged before checkpoints are saved, so weights ruined by this step never become one.
+        if not math.isfinite(logs.get("grad_norm", 0.0)):
+            self._refuse("gradient's norm", logs["grad_norm"], self.state.global_step)
         parts, self._parts = self._parts, {"ce": 0.0, "kd": 0.0, "tokens": 0}
         self._tokens += parts["tokens"]
         per_token = max(1, parts["tokens"])
@@ -268,15 +279,18 @@ class DistillationTrainer(Trainer):
 
     def _restore_log(self, checkpoint: Path | None) -> None:
         """Drop what was logged after the checkpoint, and count on from there."""
-        done = 0 if checkpoint is None else json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+        done = _step(checkpoint)
         rows = [row for row in read_log(self.log_path) if int(row["step"]) <= done]
-        self.log_path.unlink(missing_ok=True)
-        if rows:
-            self._tokens, self._seconds = int(rows[-1]["tokens"]), float(rows[-1]["seconds"])
-            with open(self.log_path, "w", newline="") as file:
-                writer = csv.DictWriter(file, LOG_COLUMNS)
-                writer.writeheader()
-                writer.writerows(rows)
+        if not rows:
+            self.log_path.unlink(missing_ok=True)
+            return
+        self._tokens, self._seconds = int(rows[-1]["tokens"]), float(rows[-1]["seconds"])
+        temporary = self.log_path.with_name(f".{self.log_path.name}.partial")
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, LOG_COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, self.log_path)
 
 
 class _Progress(TrainerCallback):
@@ -295,9 +309,12 @@ class _Progress(TrainerCallback):
 
 
 def steps(settings: TrainingParameters, rows: int) -> int:
-    """Optimisation steps of a run: whole batches of each epoch, times epochs, rounded to at least one unless epochs is 0."""
+    """Optimisation steps of a run: those of an epoch, times epochs, rounded to at least one unless epochs is 0.
+
+    An epoch takes whole batches only; its last step takes what is left of them after whole accumulations.
+    """
     batches = max(1, rows // settings.batch_size)
-    total = settings.epochs * batches / settings.gradient_accumulation
+    total = settings.epochs * math.ceil(batches / settings.gradient_accumulation)
     return 0 if settings.epochs == 0 else max(1, round(total))
 
 
@@ -329,6 +346,10 @@ def parameter_groups(model: nn.Module, multipliers: dict[str, float], learning_r
     return [{"params": group, "lr": learning_rate * multiplier, "weight_decay": decay} for (multiplier, decay), group in groups.items()]
 
 
+def _step(checkpoint: Path | None) -> int:
+    return 0 if checkpoint is None else json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was saved whole; unfinished ones are removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
@@ -356,9 +377,9 @@ def memory_bytes() -> int:
 
 
 def _can_compile(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return True
-    found = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    # Triton builds its launchers in C, the CPU backend its kernels in C++.
+    names = (os.environ.get("CC", "gcc"), "clang") if device.type == "cuda" else (os.environ.get("CXX", "g++"), "clang++")
+    found = any(shutil.which(name) for name in names)
     if not found:
-        print("kdlib: no C++ compiler found, so torch.compile is skipped; results are the same, training is slower.")
-    return found is not None
+        print(f"kdlib: no compiler ({' or '.join(names)}) found, so torch.compile is skipped; results are the same, training is slower.")
+    return found

@@ -95,6 +95,15 @@ def test_seeds_are_resampled_too_so_that_seed_noise_alone_is_no_finding(seeds_a,
     assert one_pair / simulations > 0.5
 
 
+def test_the_standard_error_is_the_textbook_one_where_documents_are_equal_and_independent():
+    rng = np.random.default_rng(10)
+    difference, seeds = rng.normal(size=30), rng.normal(size=(4, 1)) + np.zeros((4, 30))
+    found = statistics.paired_bootstrap(7 * difference, np.zeros(30), np.full(30, 7), np.arange(30), resamples=100)
+    assert found.standard_error == pytest.approx(difference.std(ddof=1) / np.sqrt(30), rel=1e-12)
+    found = statistics.seed_bootstrap(7 * seeds, np.zeros((1, 30)), np.full(30, 7), resamples=100)
+    assert found.standard_error == pytest.approx(seeds[:, 0].std(ddof=1) / np.sqrt(4), rel=1e-12)
+
+
 def test_one_seed_can_be_compared_with_many():
     rng = np.random.default_rng(5)
     tokens = np.full(40, 100.0)

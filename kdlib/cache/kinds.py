@@ -15,6 +15,8 @@ from torch import Tensor
 
 from kdlib.cache.shards import id_dtype
 
+MAX_DRAWS = 255  # all may fall on one id, and a count is one byte
+
 
 def bytes_per_token(kind: str, size: int, vocabulary: int) -> int:
     """Largest number of bytes one token can take on disk (draws may coincide and then take less)."""

@@ -1,13 +1,12 @@
 """Targets read back by flat position, in any order, after their guard and checksums have been compared."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from kdlib.cache import kinds
-from kdlib.cache.shards import VERSION, check_shard, describe_shard, map_shard
+from kdlib.cache.shards import VERSION, check_shard, describe_shard, map_shard, read_record
 from kdlib.corpus import Split
 from kdlib.errors import KdlibError
 from kdlib.losses import SparseTargets
@@ -42,10 +41,9 @@ class TargetCache:
     """
 
     def __init__(self, folder: Path, expected: dict, temperature: float):
-        path = folder / "manifest.json"
-        if not path.is_file():
-            raise KdlibError(f"{folder} holds no finished targets: {path.name} is missing. Write them, or let the interrupted writer finish.")
-        manifest = json.loads(path.read_text())
+        manifest = read_record(folder / "manifest.json")
+        if manifest is None:
+            raise KdlibError(f"{folder} holds no finished targets: manifest.json is missing. Write them, or let the interrupted writer finish.")
         if manifest.get("version") != VERSION:
             raise KdlibError(f"Targets in {folder} have format version {manifest.get('version')}; this code reads version {VERSION}.")
         wrong = {key: (value, manifest["guard"].get(key)) for key, value in expected.items() if manifest["guard"].get(key) != value}
@@ -74,10 +72,8 @@ class TargetCache:
             KdlibError: a position past the end, which would belong to other documents.
         """
         positions = np.asarray(positions, np.int64).reshape(-1)
-        if len(positions) and positions.max() >= self.positions:
-            raise KdlibError(f"Position {positions.max()} lies past the targets' end ({self.positions} positions): they belong to other documents.")
         used = positions >= 0
-        owner = np.searchsorted(self._firsts, positions, side="right") - 1
+        owner = self._owner(positions)
         pieces = []
         for number in np.unique(owner[used]):
             rows = np.flatnonzero(used & (owner == number))
@@ -107,15 +103,20 @@ class TargetCache:
         )
 
     def statistics(self, positions: np.ndarray) -> dict[str, np.ndarray]:
-        """The teacher's ``entropy`` and ``nll`` of the text at flat ``positions``, nats, float32."""
+        """The teacher's ``entropy`` and ``nll`` of the text at flat ``positions`` [T], none negative, nats, float32."""
         positions = np.asarray(positions, np.int64)
-        owner = np.searchsorted(self._firsts, positions, side="right") - 1
+        owner = self._owner(positions)
         out = {key: np.empty(len(positions), np.float32) for key in ("entropy", "nll")}
         for number in np.unique(owner):
             rows = np.flatnonzero(owner == number)
             for key, values in out.items():
                 values[rows] = self._shards[number][key][positions[rows] - self._firsts[number]]
         return out
+
+    def _owner(self, positions: np.ndarray) -> np.ndarray:
+        if len(positions) and positions.max() >= self.positions:
+            raise KdlibError(f"Position {positions.max()} lies past the targets' end ({self.positions} positions): they belong to other documents.")
+        return np.searchsorted(self._firsts, positions, side="right") - 1
 
 
 def _xlogx(values: np.ndarray) -> np.ndarray:

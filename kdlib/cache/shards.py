@@ -2,12 +2,13 @@
 
 A cache is a folder::
 
-    manifest.json           version, kind, temperature, guard, number of positions, shards; written last
+    writing.json            version, kind, temperature, guard and all else that shapes the shards; written first
+    manifest.json           the same, and the number of positions and shards; written last
     00000.safetensors       the arrays of one contiguous range of flat positions
     00000.json              first, last (exclusive), sha256 and size of that file, and sums for the report
 
 Flat positions are those of :class:`kdlib.corpus.Split`: position i predicts token i + 1; the last position of a document
-predicts nothing and has an empty entry. Any safetensors reader opens a shard.
+predicts nothing and has an empty entry. Any safetensors reader opens a shard. JSON files carry a checksum of their content.
 """
 
 import hashlib
@@ -35,7 +36,37 @@ def write_shard(folder: Path, number: int, first: int, last: int, arrays: dict[s
     data = save({key: np.ascontiguousarray(value) for key, value in arrays.items()})
     _replace(folder / f"{name}.safetensors", data)
     about = {"first": first, "last": last, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "sums": sums}
-    _replace(folder / f"{name}.json", json.dumps(about, sort_keys=True).encode())
+    write_record(folder / f"{name}.json", about)
+
+
+def write_record(path: Path, record: dict) -> None:
+    """Write a JSON file whole or not at all, with the SHA-256 of its other entries as ``checksum``."""
+    _replace(path, _sealed(record))
+
+
+def read_record(path: Path) -> dict | None:
+    """What :func:`write_record` wrote, or None where there is no file.
+
+    Raises:
+        KdlibError: not a byte may differ from what was written.
+    """
+    if not path.is_file():
+        return None
+    data = path.read_bytes()
+    try:
+        record = json.loads(data)
+        del record["checksum"]
+        whole = _sealed(record) == data
+    except (ValueError, LookupError, TypeError):
+        whole = False
+    if not whole:
+        raise KdlibError(f"{path} is damaged: its content differs from its checksum. Delete it and write the targets again; whole shards are kept.")
+    return record
+
+
+def _sealed(record: dict) -> bytes:
+    checksum = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    return json.dumps(record | {"checksum": checksum}, indent=1, sort_keys=True, allow_nan=False).encode()
 
 
 def _replace(path: Path, data: bytes) -> None:
@@ -49,8 +80,7 @@ def _replace(path: Path, data: bytes) -> None:
 
 def describe_shard(folder: Path, number: int) -> dict | None:
     """The description of a finished shard, or None."""
-    path = folder / f"{number:05d}.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_record(folder / f"{number:05d}.json")
 
 
 def check_shard(folder: Path, number: int, about: dict) -> None:

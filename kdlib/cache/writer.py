@@ -1,6 +1,5 @@
 """One pass of the teacher over a split, kept on disk shard by shard. A killed writer goes on where it stopped."""
 
-import json
 import shutil
 import time
 from pathlib import Path
@@ -10,10 +9,9 @@ import torch
 
 from kdlib import corpus, models
 from kdlib.cache import kinds
-from kdlib.cache.shards import VERSION, check_shard, describe_shard, write_shard
+from kdlib.cache.shards import VERSION, check_shard, describe_shard, read_record, write_record, write_shard
 from kdlib.errors import KdlibError
 from kdlib.progress import bar
-from kdlib.runs import write_json
 
 # Logits held at a time: a few dozen tokens on a CPU, so that they stay in its caches.
 CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
@@ -36,7 +34,7 @@ def write_targets(
     """Write the targets of every position of ``split``.
 
     Args:
-        folder: of the cache; finished shards in it are kept if they belong to the same guard, kind, size and seed.
+        folder: of the cache; finished shards in it are kept if they were written with the same arguments.
         model: causal LM, put in eval mode for the pass.
         guard: what the targets depend on (see :func:`kdlib.cache.reader.guard`), kept in the manifest.
         kind: "sampled" (size = draws a token, at most 255) or "topk" (size = k).
@@ -49,33 +47,54 @@ def write_targets(
         teacher entropy and loss in nats a token.
 
     Raises:
-        KdlibError: not enough disk for the largest possible size, or ``folder`` holds other targets.
+        KdlibError: a value out of range, a teacher of another vocabulary than the guard's, not enough disk for the largest
+            possible size, a damaged shard, or ``folder`` holds other targets.
     """
     head_weight, _ = models.head(model)
     vocabulary = head_weight.shape[0]
-    if kind == "topk" and size >= vocabulary:
-        raise KdlibError(f"top_k must be smaller than the vocabulary ({vocabulary}); found {size}. For whole distributions use objective online_kd.")
+    _check(kind, size, temperature, vocabulary, guard)
     windows = split.windows(block_length)
     shards = _shards(windows, shard_tokens)
-    description = {"version": VERSION, "kind": kind, "size": size, "temperature": temperature, "seed": seed, "guard": guard}
+    description = {
+        "version": VERSION, "kind": kind, "size": size, "temperature": temperature, "seed": seed, "guard": guard,
+        "block_length": block_length, "shard_tokens": shard_tokens, "precision": str(autocast or torch.float32),
+    }
     _claim(folder, description, kinds.bytes_per_token(kind, size, vocabulary) * len(split.tokens), len(shards))
 
     training = {module: module.training for module in model.modules()}
     model.eval()
     started, written = time.perf_counter(), 0
-    with bar(None, "writing targets", total=int(windows[:, 1].sum()), unit="token", unit_scale=True) as progress:
-        for number, mine in enumerate(shards):
-            if describe_shard(folder, number) is None:
-                first, last = _span(shards, number, len(split.tokens))
-                positions, parts = _shard(model, split, mine, kind, size, temperature, seed, block_length, batch_rows, autocast)
-                arrays, sums = _arrange(positions, parts, kind, first, last)
-                write_shard(folder, number, first, last, arrays, sums)
-                written += int(mine[:, 1].sum())
-            progress.update(int(mine[:, 1].sum()))
-    for module, mode in training.items():
-        module.training = mode
+    try:
+        with bar(None, "writing targets", total=int(windows[:, 1].sum()), unit="token", unit_scale=True) as progress:
+            for number, mine in enumerate(shards):
+                if describe_shard(folder, number) is None:
+                    first, last = _span(shards, number, len(split.tokens))
+                    positions, parts = _shard(model, split, mine, kind, size, temperature, seed, block_length, batch_rows, autocast)
+                    arrays, sums = _arrange(positions, parts, kind, first, last)
+                    write_shard(folder, number, first, last, arrays, sums)
+                    written += int(mine[:, 1].sum())
+                progress.update(int(mine[:, 1].sum()))
+    finally:
+        for module, mode in training.items():
+            module.training = mode
     seconds = time.perf_counter() - started
     return _finish(folder, description, len(shards), len(split.tokens), written / seconds if written else None)
+
+
+def _check(kind: str, size: int, temperature: float, vocabulary: int, guard: dict) -> None:
+    if kind not in ("sampled", "topk"):
+        raise KdlibError(f"Unknown kind of targets {kind!r}. Expected sampled or topk.")
+    if kind == "sampled" and not 1 <= size <= kinds.MAX_DRAWS:
+        raise KdlibError(f"draws must lie in 1..{kinds.MAX_DRAWS}, since a count takes one byte; found {size}. A few dozen are enough.")
+    if kind == "topk" and not 1 <= size < vocabulary:
+        raise KdlibError(f"top_k must lie in 1..{vocabulary - 1}, below the vocabulary; found {size}. For whole distributions use objective online_kd.")
+    if not temperature > 0:
+        raise KdlibError(f"The temperature must be above 0; found {temperature}.")
+    if guard.get("vocabulary", vocabulary) != vocabulary:
+        raise KdlibError(
+            f"The teacher predicts {vocabulary} tokens but the targets are for a vocabulary of {guard['vocabulary']}. Teacher and "
+            "student must share one: cut the teacher down to the corpus's tokens (kdlib.vocabulary.slice_model)."
+        )
 
 
 def _shards(windows: np.ndarray, shard_tokens: int) -> list[np.ndarray]:
@@ -91,14 +110,13 @@ def _span(shards: list[np.ndarray], number: int, positions: int) -> tuple[int, i
 
 def _claim(folder: Path, description: dict, largest: int, shards: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "writing.json"
-    if path.is_file() and (found := json.loads(path.read_text())) != json.loads(json.dumps(description)):
+    found = read_record(folder / "writing.json")
+    if found is not None and found != description:
         different = [key for key in description if found.get(key) != description[key]]
         raise KdlibError(
             f"{folder} holds part of other targets; they differ in {', '.join(different)}: expected "
             f"{ {key: description[key] for key in different} }, found { {key: found.get(key) for key in different} }. Delete the folder first."
         )
-    path.write_text(json.dumps(description))
     finished = [(number, about) for number in range(shards) if (about := describe_shard(folder, number))]
     for number, about in finished:
         check_shard(folder, number, about)
@@ -109,6 +127,8 @@ def _claim(folder: Path, description: dict, largest: int, shards: int) -> None:
             f"The targets may take up to {needed / 1e9:.2f} GB in {folder}, which has {free / 1e9:.2f} GB free. Make room, point "
             "KDLIB_HOME at a larger disk, or keep fewer draws (or a smaller k) a token."
         )
+    # Last, so that a refused folder can be claimed with other settings.
+    write_record(folder / "writing.json", description)
 
 
 def _shard(model, split, windows, kind, size, temperature, seed, block_length, batch_rows, autocast):
@@ -125,7 +145,7 @@ def _shard(model, split, windows, kind, size, temperature, seed, block_length, b
             rows = {name: torch.from_numpy(value).to(device) for name, value in corpus.rows(split, at).items()}
             mask = models.attention_mask(rows["segments"], next(model.parameters()).dtype)
             with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-                hidden = body(input_ids=rows["input_ids"], position_ids=rows["position_ids"], attention_mask=mask).last_hidden_state
+                hidden = body(input_ids=rows["input_ids"], position_ids=rows["position_ids"], attention_mask=mask, use_cache=False).last_hidden_state
             used = rows["labels"] >= 0
             hidden, labels, positions = hidden[used], rows["labels"][used], at[used.cpu().numpy()]
             step = max(1, CHUNK_ELEMENTS.get(device.type, 2**21) // len(weight))
@@ -175,7 +195,8 @@ def _arrange(positions: np.ndarray, parts: list[dict], kind: str, first: int, la
         entries = np.concatenate([np.arange(low, low + n) for low, n in zip(starts[order], lengths[order], strict=True)])
         arrays |= {key: joined.pop(key)[entries] for key in ("ids", "counts")}
     for key, values in joined.items():
-        arrays[key] = np.zeros((last - first, *values.shape[1:]), values.dtype)
+        empty = -np.inf if key.startswith("log_") else 0
+        arrays[key] = np.full((last - first, *values.shape[1:]), empty, values.dtype)
         arrays[key][rows] = values[order]
     distinct = len(arrays["ids"]) if kind == "sampled" else arrays["ids"].size
     return arrays, {"tokens": len(positions), "distinct": int(distinct), "entropy": float(entropy), "nll": float(nll)}
@@ -185,7 +206,7 @@ def _finish(folder: Path, description: dict, shards: int, positions: int, rate: 
     about = [describe_shard(folder, number) for number in range(shards)]
     sums = {key: sum(one["sums"][key] for one in about) for key in about[0]["sums"]}
     size = sum(one["bytes"] for one in about)
-    write_json(folder / "manifest.json", description | {"positions": positions, "shards": shards, "tokens": sums["tokens"]})
+    write_record(folder / "manifest.json", description | {"positions": positions, "shards": shards, "tokens": sums["tokens"]})
     return {
         "tokens": sums["tokens"],
         "bytes": size,

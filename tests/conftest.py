@@ -1,0 +1,39 @@
+"""What several test modules share."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nbformat
+import pytest
+import synthetic_results
+from nbclient import NotebookClient
+
+from kdlib import report
+from kdlib.profiles import REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def analysed(tmp_path_factory) -> Path:
+    """A results home in which every analysis notebook has read the synthetic results of the smoke profile."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDLIB_HOME", str(home))
+        synthetic_results.write("smoke")
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(_execute, report.ANALYSES))
+    return home
+
+
+def _execute(name: str) -> None:
+    notebook = nbformat.read(REPOSITORY / "notebooks" / f"{name}.ipynb", as_version=4)
+    check = 'import sys\nassert not {"torch", "transformers"} & set(sys.modules)'
+    notebook.cells.append(nbformat.v4.new_code_cell(check))
+    NotebookClient(notebook, timeout=120, kernel_name="python3").execute(env=dict(os.environ))
+
+
+@pytest.fixture
+def home(analysed, monkeypatch) -> Path:
+    """The analysed results as the home of everything the test writes; for reading only."""
+    monkeypatch.setenv("KDLIB_HOME", str(analysed))
+    return analysed

@@ -1,0 +1,101 @@
+"""The paper is compiled from results alone; what is missing or wrong is told in one paragraph."""
+
+import shutil
+
+import pytest
+
+from kdlib import paper, report
+from kdlib.errors import KdlibError
+
+
+@pytest.fixture(scope="module")
+def latex():
+    """Skips where there is neither a pdflatex nor a network to fetch one."""
+    try:
+        return paper.engine()
+    except KdlibError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def copy(analysed, tmp_path, monkeypatch):
+    """The analysed results, to change."""
+    for name in ("results", "figures"):
+        shutil.copytree(analysed / name, tmp_path / name)
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_the_numbers_that_a_text_shows_are_found():
+    text = r"\newcommand{\setting}[1]{\result{setup/#1/value}} \setting{seeds} \amount{tokens} \result{a/b c/d}"
+    text += r" % \result{no}"
+    assert paper.shown(text) == {"setup/seeds/value", "setup/tokens/si", "a/b c/d"}
+
+
+@pytest.mark.slow
+def test_missing_analysis_outputs_are_named(copy):
+    (copy / "results" / "smoke" / "cost.csv").unlink()
+    (copy / "figures" / "smoke" / "methods.pdf").unlink()
+    with pytest.raises(KdlibError, match=r"(?s)2 files.*methods\.pdf.*cost\.csv.*make paper PROFILE=smoke"):
+        paper.generate("smoke")
+
+
+@pytest.mark.slow
+def test_a_number_the_profile_does_not_have_is_named(copy, monkeypatch):
+    known = report.numbers("smoke")
+    known.pop("methods_differences/KD ensemble (probability pool)/its best member/test/sentence")
+    monkeypatch.setattr(report, "numbers", lambda profile: known)
+    with pytest.raises(KdlibError, match=r"its best member/test/sentence"):
+        paper.generate("smoke")
+
+
+@pytest.mark.slow
+def test_generated_tables_hold_a_line_for_every_row_of_their_csv(copy):
+    folder = paper.generate("smoke")
+    for name, table in report.TABLES.items():
+        text = (folder / f"table-{name}.tex").read_text(encoding="utf-8")
+        assert text.count(r"\\") == 1 + len(report.rows("smoke", table.csv, table.where))
+    assert (folder / "findings-methods_differences.tex").read_text(encoding="utf-8").count(r"\item") >= 3
+
+
+@pytest.mark.slow
+def test_the_paper_compiles_and_the_same_results_give_the_same_bytes(copy, latex):
+    pdf = paper.build("smoke")
+    first, log = pdf.read_bytes(), (copy / "paper" / "build" / "smoke" / "main.log").read_text(errors="replace")
+    assert first.startswith(b"%PDF") and len(first) > 100_000
+    assert "undefined" not in log and "Overfull" not in log
+    assert paper.build("smoke").read_bytes() == first
+
+
+@pytest.mark.slow
+def test_the_first_latex_error_is_told_with_its_line(tmp_path, latex):
+    document = "\\documentclass{article}\n\\begin{document}\nfine\n\\nonsense here\n\\worse\n\\end{document}\n"
+    (tmp_path / "main.tex").write_text(document)
+    with pytest.raises(KdlibError, match=r"Undefined control sequence.* at l\.4 \\nonsense") as caught:
+        paper.compile_latex(tmp_path, 0)
+    assert "worse" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_latex_cannot_run_commands(tmp_path, latex):
+    fonts = r"\usepackage[T1]{fontenc}\IfFileExists{lmodern.sty}{\usepackage{lmodern}}{}"
+    body = r"\begin{document}x\immediate\write18{touch escaped}\end{document}"
+    (tmp_path / "main.tex").write_text(r"\documentclass{article}" + fonts + body)
+    paper.compile_latex(tmp_path, 0)
+    assert (tmp_path / "main.pdf").is_file() and not (tmp_path / "escaped").exists()
+
+
+@pytest.mark.slow
+def test_the_command_ends_with_two_and_a_paragraph(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
+    assert paper.main(["--profile", "smoke"]) == 2
+    told = capsys.readouterr().err.strip()
+    assert "make paper PROFILE=smoke" in told and "\n" not in told
+
+
+def test_a_log_without_an_error_line_is_still_told(tmp_path):
+    assert "killed" in paper.first_error(tmp_path / "absent.log", b"This is pdfTeX\nkilled\n")
+    log = tmp_path / "main.log"
+    error = "! LaTeX Error: File `x.sty' not found.\n\nType X to quit\n\nl.3 \\usepackage\n"
+    log.write_text(error + "               {x}\n! Emergency stop.\n")
+    assert paper.first_error(log, b"").startswith("LaTeX Error: File `x.sty' not found. at l.3")

@@ -1,0 +1,189 @@
+import dataclasses
+import json
+import shlex
+import socket
+
+import pytest
+import yaml
+
+from kdlib import plan, profiles, run, runs
+from kdlib.errors import KdlibError
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
+    plan.study.cache_clear()
+    plan._identity.cache_clear()
+    yield tmp_path
+    plan.study.cache_clear()
+    plan._identity.cache_clear()
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """Writes a variant of the smoke profile and returns its path."""
+
+    def write(name="mine", **sections) -> str:
+        values = yaml.safe_load((profiles.REPOSITORY / "profiles" / "smoke.yaml").read_text())
+        for section, changes in sections.items():
+            values[section].update(changes)
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({**values, "name": name}))
+        return str(path)
+
+    return write
+
+
+def ids(profile: str, *kinds: str) -> set[str]:
+    return {step.id for step in plan.study(profile) if not kinds or step.kind in kinds}
+
+
+def test_the_smoke_study_is_the_comparison_it_asks_for():
+    labels = [step.label for step in plan.study("smoke")]
+    assert sorted(labels) == sorted(
+        ["corpus", "teacher scratch", "targets sampled"]
+        + [f"student {objective} seed {seed}" for objective in ("ce", "kd", "untrained") for seed in (1, 2)]
+        + [f"{objective} ensemble 1, {pool} pool" for objective in ("ce", "kd") for pool in ("probability", "logit")]
+        + ["untrained ensemble"]
+    )
+
+
+def test_upstream_comes_first_and_nothing_twice():
+    seen = set()
+    for step in plan.study("smoke"):
+        assert {upstream.id for upstream in step.inputs.values()} <= seen
+        assert step.id not in seen
+        seen.add(step.id)
+
+
+def test_pools_of_repeats_share_no_member(mine):
+    steps = [
+        step for step in plan.study(mine(study={"members": 2, "repeats": 2})) if step.label.startswith("kd ensemble")
+    ]
+    assert [step.parameters.seeds for step in steps if step.parameters.pool == "logit"] == [[1, 2], [3, 4]]
+
+
+def test_neither_the_profiles_name_nor_speed_settings_make_other_runs(mine):
+    assert ids(mine("other", student={"compile": True}, teacher={"compile": True})) == ids("smoke")
+
+
+def group(step) -> str:
+    """Runs that depend on the same things: those that learn from the teacher's targets, and those that do not."""
+    if step.kind in ("student", "ensemble"):
+        return f"kd {step.kind}" if " kd " in f" {step.label} " else f"other {step.kind}"
+    return step.kind
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "remade"),
+    [
+        (
+            "corpus",
+            {"train_tokens": 31000},
+            "corpus teacher targets kd_student other_student kd_ensemble other_ensemble",
+        ),
+        ("teacher", {"learning_rate": 0.004}, "teacher targets kd_student kd_ensemble"),
+        ("targets", {"draws": 16}, "targets kd_student kd_ensemble"),
+        ("student", {"kd_weight": 0.5}, "kd_student kd_ensemble"),
+        ("student", {"layers": 2}, "kd_student other_student kd_ensemble other_ensemble"),
+        ("ensemble", {"precision": "bfloat16"}, "kd_ensemble other_ensemble"),
+        ("analysis", {"resamples": 500}, ""),
+    ],
+)
+def test_a_changed_setting_remakes_what_depends_on_it_and_nothing_else(mine, section, change, remade):
+    after = ids(mine(**{section: change}))
+    found = {group(step) for step in plan.study("smoke") if step.id not in after}
+    assert found == {name.replace("_", " ") for name in remade.split()}
+
+
+@pytest.mark.parametrize("module", ["corpus", "models", "training", "cache", "ensemble"])
+def test_edited_code_remakes_the_runs_it_shapes_and_what_reads_them(monkeypatch, module):
+    before = {step.label: step for step in plan.study("smoke")}
+    plan.study.cache_clear()
+    monkeypatch.setattr(
+        plan, "code_versions", lambda modules: {one: "edited" if one == module else "r1" for one in modules}
+    )
+    versions = {step.label: (step.settings["code"], step.id) for step in plan.study("smoke")}
+    plan.study.cache_clear()
+    monkeypatch.setattr(plan, "code_versions", lambda modules: dict.fromkeys(modules, "r1"))
+    remade = {step.label for step in plan.study("smoke") if step.id != versions[step.label][1]}
+
+    def expected(step) -> bool:
+        return module in plan.CODE[step.kind] or any(expected(upstream) for upstream in step.inputs.values())
+
+    assert remade == {label for label, step in before.items() if expected(step)} != set()
+
+
+def test_sources_are_part_of_the_corpus_they_make(monkeypatch):
+    before = {step.kind: step.id for step in plan.study("smoke")}
+    plan.study.cache_clear()
+    plan._identity.cache_clear()
+    monkeypatch.setattr(plan.sources, "identity", lambda source: "another file")
+    assert {step.kind: step.id for step in plan.study("smoke")}["corpus"] != before["corpus"]
+
+
+@pytest.mark.parametrize("profile", ["smoke", "quick", "laptop", "gpu", "babylm", "paper"])
+def test_the_command_of_every_step_makes_that_very_step(profile):
+    for step in plan.study(profile):
+        words = shlex.split(plan.command(step))
+        assert words[:3] == ["python", "-m", "kdlib.run"]
+        options = run._options(words[3:])
+        values = profiles.parameters(
+            options.notebook.removeprefix("notebooks/").removesuffix(".ipynb"),
+            options.profile,
+            **run.changes(options.set),
+        )
+        assert plan.step(values).id == step.id
+
+
+@pytest.mark.parametrize("profile", profiles.available())
+def test_a_study_is_planned_without_network(profile, monkeypatch, tmp_path):
+    def refuse(*arguments, **options):
+        raise AssertionError("a plan opened a connection")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setenv("KDLIB_CACHE", str(tmp_path / "empty"))
+    assert plan.study(profile)
+
+
+def test_a_missing_run_is_told_with_the_command_that_makes_it():
+    step = plan.step(profiles.parameters("04_student", "smoke", seed=3))
+    with pytest.raises(
+        KdlibError,
+        match=f"{step.id} .student kd seed 3. has not been made yet. Make it with: python -m kdlib.run .*seed=3",
+    ):
+        step.run()
+
+
+def test_parameters_that_describe_no_run_are_refused():
+    with pytest.raises(KdlibError, match="AnalysisParameters describes no run"):
+        plan.step(profiles.parameters("10_objectives", "smoke"))
+
+
+def test_the_written_plan_names_every_run_and_stays_untouched_while_true(home):
+    plan.write("smoke")
+    path = home / "results" / "smoke" / "plan.json"
+    written = json.loads(path.read_text())
+    assert [entry["id"] for entry in written["runs"]] == [step.id for step in plan.study("smoke")]
+    before = path.stat()
+    plan.write("smoke")
+    assert path.stat().st_mtime_ns == before.st_mtime_ns and path.stat().st_ino == before.st_ino
+
+
+def test_a_plan_that_is_no_longer_true_is_written_anew(home, monkeypatch):
+    plan.write("smoke")
+    fewer = plan.study("smoke")[:3]
+    monkeypatch.setattr(plan, "study", lambda profile: fewer)
+    plan.write("smoke")
+    assert [entry["id"] for entry in runs.read_json(home / "results" / "smoke" / "plan.json")["runs"]] == [
+        step.id for step in fewer
+    ]
+    monkeypatch.undo()
+
+
+def test_a_step_cannot_be_changed_after_its_id_is_known():
+    step = plan.study("smoke")[0]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        step.kind = "teacher"

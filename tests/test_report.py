@@ -1,0 +1,337 @@
+"""Tables, figures and numbers are those of the results, and nothing that looks like a result is typed by hand."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import synthetic_results
+
+from kdlib import accounts, comparison, figures, report, runs
+from kdlib.errors import KdlibError
+from kdlib.profiles import NOTEBOOKS, REPOSITORY
+
+GENERATED = re.compile(r"<!-- (\w+):begin -->.*?<!-- \1:end -->", re.DOTALL)
+
+
+def literals(text: str, kind: str) -> list[str]:
+    """What looks like a result in a LaTeX or Markdown text: decimals, percentages, and whole numbers above nine.
+
+    Left out are generated parts, code, links, comments, lengths, names of things, and what stands in the preamble.
+    """
+    if kind == "latex":
+        text = re.sub(r"(?<!\\)%.*", "", text).split(r"\begin{document}", 1)[-1]
+        text = re.sub(
+            r"\\(result|setting|amount|generated|label|ref|cite|input|includegraphics)(\[[^]]*\])?\{[^}]*\}", "", text
+        )
+        text = re.sub(r"[\d.]+(pt|em|ex|cm|mm|in)\b|[\d.]+\\(linewidth|textwidth)", "", text)
+    else:
+        text = GENERATED.sub("", text)
+        text = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", "", text, flags=re.DOTALL)
+    return re.findall(r"\d+[.,]\d+\s*\\?%?|\d+\s*\\?%|\d{2,}|\.\d+", text)
+
+
+@pytest.mark.parametrize(
+    ("typed", "kind"),
+    [
+        ("a loss of 4.86 nats", "latex"),
+        (r"by 3\,\% or 3\% at most", "latex"),
+        ("over 150 runs", "latex"),
+        ("$<.05$", "latex"),
+        ("a loss of 4.86 nats", "markdown"),
+        ("5% better", "markdown"),
+        ("12 members", "markdown"),
+    ],
+)
+def test_the_rule_finds_typed_results(typed, kind):
+    assert literals(r"\begin{document} " + typed if kind == "latex" else typed, kind)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "kind"),
+    [
+        (r"\vspace{1.5ex}\includegraphics[width=0.6\linewidth]{a1234.pdf} \cite{guo2017}", "latex"),
+        (r"$1 - w$ % 4.86", "latex"),
+        (r"\result{methods/KD 12/test/nll}", "latex"),
+        ("Python `3.11`, [a](https://x.org/1503.02531)", "markdown"),
+        ("<!-- results:begin -->4.86<!-- results:end -->", "markdown"),
+    ],
+)
+def test_the_rule_lets_lengths_code_and_lookups_pass(allowed, kind):
+    assert literals(r"\begin{document} " + allowed if kind == "latex" else allowed, kind) == []
+
+
+@pytest.mark.parametrize(("file", "kind"), [("paper/main.tex", "latex"), ("README.md", "markdown")])
+def test_no_result_is_typed_by_hand(file, kind):
+    assert literals((REPOSITORY / file).read_text(encoding="utf-8"), kind) == []
+
+
+def recomputed(results) -> int:
+    """Checks every registered number against its CSV, read here by other means than the code's; returns how many."""
+    checked = 0
+    for path in (results / "numbers").glob("*.json"):
+        for name, lookup in json.loads(path.read_text()).items():
+            table = pd.read_csv(results / f"{lookup['csv']}.csv", dtype=str, keep_default_na=False)
+            for column, value in lookup["where"].items():
+                table = table[table[column] == value]
+            assert len(table) == 1, name
+            if found := re.fullmatch(r"\{(\w+):([+,]?\.\df)\}", lookup["format"]):
+                cell = table.iloc[0][found[1]]
+                assert lookup["text"] == (format(float(cell), found[2]) if cell else "–"), name
+                checked += 1
+            assert lookup["text"] == report.render(lookup["format"], table.iloc[0].to_dict()), name
+    return checked
+
+
+@pytest.mark.slow
+def test_every_number_is_the_cell_it_names(home):
+    assert recomputed(home / "results" / "smoke") > 50
+
+
+@pytest.mark.parametrize("profile", sorted(path.parent.name for path in REPOSITORY.glob("results/*/numbers")))
+def test_every_number_of_the_results_here_is_the_cell_it_names(profile):
+    assert recomputed(REPOSITORY / "results" / profile) > 50
+
+
+def test_the_readme_shows_the_results_here(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
+    for name in ("results", "benchmarks"):
+        if (REPOSITORY / name).is_dir():
+            (tmp_path / name).symlink_to(REPOSITORY / name)
+    committed = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "README.md").write_text(committed, encoding="utf-8")
+    report.update_readme()
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == committed, "redraw it: make figures"
+
+
+@pytest.mark.slow
+def test_a_changed_result_shows_as_a_number_that_is_no_longer_its_lookup(home, tmp_path, monkeypatch):
+    shutil.copytree(home / "results", tmp_path / "results")
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
+    table = tmp_path / "results" / "smoke" / "methods.csv"
+    frame = pd.read_csv(table)
+    frame["nll"] += 0.1
+    frame.to_csv(table, index=False)
+    lookups = json.loads((tmp_path / "results" / "smoke" / "numbers" / "12_methods.json").read_text())
+    one = lookups["methods/KD student/test/nll"]
+    assert report.look_up("smoke", one) != one["text"]
+
+
+@pytest.mark.slow
+def test_analyses_write_what_is_listed_and_every_figure_has_its_table(home):
+    results, drawn = home / "results" / "smoke", home / "figures" / "smoke"
+    tables = {stem for stems, _ in report.ANALYSES.values() for stem in stems}
+    pictures = {stem for _, stems in report.ANALYSES.values() for stem in stems}
+    assert {path.stem for path in results.glob("*.csv")} == tables
+    assert {path.name for path in drawn.iterdir()} == {f"{stem}.{kind}" for stem in pictures for kind in ("pdf", "png")}
+    assert pictures <= tables
+    assert list(report.ANALYSES) == [name for name, (_, section) in NOTEBOOKS.items() if section == "analysis"]
+
+
+@pytest.mark.slow
+def test_the_same_results_give_the_same_bytes_without_a_notebook_or_torch(home, tmp_path, monkeypatch):
+    shutil.copytree(home / "results" / "smoke" / "runs", tmp_path / "results" / "smoke" / "runs")
+    shutil.copy(home / "results" / "smoke" / "plan.json", tmp_path / "results" / "smoke")
+    code = []
+    for name in report.ANALYSES:
+        notebook = nbformat.read(REPOSITORY / "notebooks" / f"{name}.ipynb", as_version=4)
+        code.append("\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code"))
+    program = "import sys\n" + "".join(f"exec({one!r}, {{}})\n" for one in code) + 'assert "torch" not in sys.modules'
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    made = [path for path in home.rglob("*") if path.is_file() and {"runs", "paper"}.isdisjoint(path.parts)]
+    assert len(made) > 20
+    for path in made:
+        assert (tmp_path / path.relative_to(home)).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize("name", report.ANALYSES)
+def test_analysis_notebooks_are_short_stripped_and_declare_their_parameters(name):
+    notebook = nbformat.read(REPOSITORY / "notebooks" / f"{name}.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    lines = [line for cell in code for line in cell.source.splitlines()]
+    assert notebook.cells[0].cell_type == "markdown"
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
+    assert len(notebook.cells) <= 25 and len(lines) <= 150
+    for cell in code:
+        for function in re.findall(r"^def .*?(?=^\S|\Z)", cell.source + "\n", flags=re.MULTILINE | re.DOTALL):
+            assert len(function.strip().splitlines()) <= 10, function.splitlines()[0]
+
+
+@pytest.fixture
+def synthetic(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
+    return synthetic_results.write("smoke")
+
+
+def test_a_missing_run_is_named(synthetic):
+    students = sorted((synthetic / "runs").glob("student-*"))
+    shutil.rmtree(students[0])
+    with pytest.raises(KdlibError, match=students[0].name):
+        comparison.models("smoke")
+
+
+def test_mean_losses_are_sums_over_tokens_averaged_over_runs(synthetic):
+    models = comparison.models("smoke")
+    means = comparison.mean_losses(models, 200).set_index(["method", "split"])
+    each = []
+    for run in models.run[models.method == "KD student"]:
+        documents = pd.read_parquet(run.path / "documents.parquet").query("split == 'ood'")
+        each.append(documents.nll.sum() / documents.tokens.sum())
+    row = means.loc["KD student", "ood"]
+    np.testing.assert_allclose(row.nll, np.mean(each), rtol=1e-12)
+    assert row.low < row.nll < row.high and row.runs == len(each) == 2
+
+
+def test_losses_of_different_documents_are_not_compared(synthetic):
+    students = comparison.models("smoke").query("method == 'KD student'").run.tolist()
+    path = students[0].path / "documents.parquet"
+    pd.read_parquet(path).iloc[1:].to_parquet(path)
+    with pytest.raises(KdlibError, match="same validation documents"):
+        comparison.losses(students, "validation")
+
+
+def test_a_difference_is_claimed_only_with_more_than_one_run(synthetic):
+    models = comparison.models("smoke")
+    kd, ce = (models.run[models.method == f"{name} student"].tolist() for name in ("KD", "CE"))
+    pairs = [
+        comparison.Pair("KD student", "CE student", kd, ce, False),
+        comparison.Pair("one KD", "one CE", kd[:1], ce[:1], True),
+    ]
+    several, one = comparison.differences(pairs, 500).query("split == 'test'").to_dict("records")
+    assert (several["verdict"], one["verdict"]) == ("yes", "undecided")
+    assert "beats" in several["sentence"] and "no claim is made" in one["sentence"]
+    assert f"{several['difference']:+.3f}" in several["sentence"]
+
+
+def test_the_best_member_is_chosen_on_validation_text(synthetic):
+    models = comparison.models("smoke")
+    ensemble = models[models.kind == "ensemble"].iloc[0]
+    worst = max(ensemble.members, key=lambda member: models.run[member].metrics["evaluation"]["validation"]["nll"])
+    metrics = models.run[worst].metrics
+    for split in ("test", "ood"):
+        metrics["evaluation"][split]["nll"] = 0.0
+    runs.write_json(models.run[worst].path / "metrics.json", metrics)
+    assert comparison.best_member(ensemble, models).id in set(ensemble.members) - {worst}
+
+
+def test_an_ensemble_pays_for_its_members_and_once_for_their_targets(synthetic):
+    flops = comparison.models("smoke").groupby("method").flops.mean()
+    targets = next(run for run in runs.table("smoke").run if run.kind == "targets").metrics["flops"]
+    assert flops["CE ensemble (logit pool)"] == 2 * flops["CE student"]
+    assert flops["KD student"] == flops["CE student"] + targets
+    assert flops["KD ensemble (logit pool)"] == 2 * flops["CE student"] + targets
+
+
+def test_the_run_table_has_a_row_for_every_run_and_split(synthetic):
+    table, planned = comparison.runs_table("smoke"), runs.table("smoke")
+    assert set(table.run) == set(planned.index)
+    assert (table[table.kind == "student"].groupby("run").split.nunique() == 4).all()
+    assert {
+        "setting_kd_weight",
+        "training_flops",
+        "cost_seconds",
+        "parameters_total",
+        "pool_ambiguity_logit",
+        "nll",
+    } <= set(table)
+
+
+def test_set_up_and_cost_come_from_the_runs(synthetic):
+    setup = accounts.setup("smoke", 1000).set_index("name").value
+    assert (setup["seeds"], setup["members"], setup["targets"]) == ("2", "2", "32 tokens drawn from its distribution")
+    assert setup["train_tokens"] == str(accounts.corpus("smoke").query("split == 'train'").tokens.sum())
+    cost = accounts.cost("smoke").set_index("what")
+    assert cost.tokens["CE ensemble (logit pool)"] == 2 * cost.tokens["CE student"]
+    assert cost.bytes_per_token["writing targets"] == 36
+
+
+@pytest.mark.parametrize(
+    ("template", "cells", "text"),
+    [
+        ("{x:.2f}", {"x": "1.005001"}, "1.01"),
+        ("{x:si}", {"x": "9999"}, "9,999"),
+        ("{x:si}", {"x": "1649576"}, "1.65 M"),
+        ("{x:si}", {"x": "5.9e13"}, "59.0 T"),
+        ("{x:si}", {"x": "0"}, "0"),
+        ("[{x:.1f}, {y:.1f}]", {"x": "1", "y": ""}, "–"),
+        ("{x}", {"x": "KD student"}, "KD student"),
+        ("{x:si}", {"x": "words"}, "words"),
+    ],
+)
+def test_cells_are_rendered(template, cells, text):
+    assert report.render(template, cells) == text
+
+
+def test_a_table_is_written_with_whole_numbers_whole(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
+    frame = pd.DataFrame({"tokens": [12345678, None], "nll": [4.123456789, 5.0], "method": ["a", "b, c"]})
+    report.save_table(frame, "smoke", "one")
+    assert (tmp_path / "results/smoke/one.csv").read_bytes() == b'tokens,nll,method\n12345678,4.12346,a\n,5,"b, c"\n'
+    with pytest.raises(KdlibError, match="needs one row"):
+        report.look_up("smoke", {"csv": "one", "where": {"method": "d"}, "format": "{nll}"})
+    with pytest.raises(KdlibError, match="no column speed"):
+        report.rows("smoke", "one", {"speed": "1"})
+
+
+def test_latex_and_markdown_say_what_the_csv_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
+    report.save_table(pd.DataFrame({"name": ["a_b & c"], "x": [-0.25]}), "smoke", "one")
+    table = report.Table("one", {"Name": "{name}", "50 %": "{x:.2f}"})
+    assert report.latex_table(table, "smoke").splitlines()[1:5] == [
+        r"\toprule", r"Name & 50 \% \\", r"\midrule", r"a\_b \& c & $-$0.25 \\"
+    ]  # fmt: skip
+    assert report.markdown_table(table.columns, table.body("smoke")).splitlines()[1:] == [
+        "| --- | ---: |",
+        "| a_b & c | -0.25 |",
+    ]
+
+
+@pytest.mark.slow
+def test_the_readme_is_redrawn_between_its_marks_only(home, tmp_path, monkeypatch):
+    shutil.copytree(home / "results", tmp_path / "results")
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
+    readme = tmp_path / "README.md"
+    shutil.copy(REPOSITORY / "README.md", readme)
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "results.csv").write_text("what,target,measured,unit,device\nstep,≥ 4,4.7,×,two cores\n")
+    before = GENERATED.sub("", readme.read_text(encoding="utf-8"))
+    report.update_readme("smoke")
+    text = readme.read_text(encoding="utf-8")
+    assert GENERATED.sub("", text) == before
+    assert "| KD ensemble (probability pool) | 1 |" in text and "| step | ≥ 4 | 4.7 × | two cores |" in text
+    report.update_readme("smoke")
+    assert readme.read_text(encoding="utf-8") == text
+    report.update_readme("laptop")
+    assert "No results of the profile `laptop` yet" in readme.read_text(encoding="utf-8")
+
+
+def test_a_readme_without_its_marks_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
+    (tmp_path / "README.md").write_text("# kdlib\n")
+    with pytest.raises(KdlibError, match="results:begin"):
+        report.update_readme("smoke")
+
+
+def test_a_figure_has_no_date_and_embeds_its_fonts(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
+    figures.use_style()
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(3, 2))
+    rows = pd.DataFrame(
+        {"method": ["KD student", "untrained"], "nll": [4.9, 9.0], "low": [4.8, 8.9], "high": [5.0, 9.1]}
+    )
+    figures.dots(axis, rows, "method", "nll", limits=(4.5, 5.5))
+    figures.save(figure, "smoke", "dots")
+    plt.close(figure)
+    content = (tmp_path / "figures/smoke/dots.pdf").read_bytes()
+    assert b"CreationDate" not in content and b"/FontFile2" in content
+    assert sorted(axis.get_lines()[-1].get_xdata()) == [5.5], "a value beyond the limits is drawn at the edge"

@@ -1,0 +1,156 @@
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from kdlib import runs
+from kdlib.errors import KdlibError
+
+ID = "student-0123456789ab"
+SETTINGS = {"kind": "student", "parameters": {"objective": "kd", "seed": 1}}
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_results_go_where_kdlib_home_says_and_a_profiles_path_counts_by_its_name(home):
+    assert runs.results("quick") == home / "results" / "quick"
+    assert runs.results("/elsewhere/mine.yaml") == home / "results" / "mine"
+
+
+def test_an_empty_kdlib_home_is_the_repository(monkeypatch):
+    monkeypatch.setenv("KDLIB_HOME", "")
+    assert runs.home() == runs.REPOSITORY
+
+
+def test_a_digest_does_not_see_the_order_of_keys_but_every_value():
+    assert runs.digest({"a": 1, "b": [1, 2]}) == runs.digest({"b": [1, 2], "a": 1})
+    assert runs.digest({"a": 1, "b": [1, 2]}) != runs.digest({"a": 1, "b": [2, 1]})
+    assert runs.digest({"a": 1}) != runs.digest({"a": "1"})
+
+
+def test_a_digest_is_the_same_on_every_machine_and_in_every_version():
+    text = b'{"kd_weight":0.9,"objective":"kd","seeds":[1,2]}'
+    assert runs.digest({"objective": "kd", "kd_weight": 0.9, "seeds": [1, 2]}) == hashlib.sha256(text).hexdigest()[:12]
+
+
+def test_a_finished_run_is_returned_and_not_made_again():
+    made = runs.make("smoke", ID, SETTINGS, lambda work: {"nll": 4.5})
+    again = runs.make("smoke", ID, SETTINGS, lambda work: pytest.fail("made twice"))
+    assert again == made == runs.find("smoke", ID)
+    assert (made.id, made.kind, made.metrics, made.settings) == (ID, "student", {"nll": 4.5}, SETTINGS)
+
+
+def test_a_run_says_where_it_comes_from():
+    run = runs.make("smoke", ID, SETTINGS, lambda work: {})
+    found = runs.read_json(run.path / "provenance.json")
+    assert set(found) == {"commit", "dirty", "started", "seconds", "python", "packages", "lock_sha256", "device"}
+    assert {"torch", "transformers"} <= set(found["packages"])
+
+
+def test_a_failed_producer_leaves_no_run_and_finds_its_work_again(home):
+    def fails(work):
+        (work / "shard-0").write_text("done")
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError):
+        runs.make("smoke", ID, SETTINGS, fails)
+    assert runs.find("smoke", ID) is None
+    assert not (home / "results" / "smoke" / "runs").exists()
+
+    run = runs.make("smoke", ID, SETTINGS, lambda work: {"resumed": (work / "shard-0").read_text()})
+    assert run.metrics == {"resumed": "done"}
+    assert sorted(path.name for path in run.path.iterdir()) == [
+        "metrics.json",
+        "provenance.json",
+        "settings.json",
+        "shard-0",
+    ]
+    assert list((home / "results" / "smoke" / "work").iterdir()) == []
+
+
+def test_two_makers_of_one_run_do_not_write_into_each_other():
+    def second(work):
+        with pytest.raises(KdlibError, match=f"Another process is making {ID}"):
+            runs.make("smoke", ID, SETTINGS, lambda work: pytest.fail("made at the same time"))
+        return {}
+
+    runs.make("smoke", ID, SETTINGS, second)
+
+
+def test_what_is_left_of_a_run_that_was_deleted_by_half_is_replaced(home):
+    rest = home / "results" / "smoke" / "runs" / ID
+    (rest / "model").mkdir(parents=True)
+    (rest / "model" / "old").touch()
+    run = runs.make("smoke", ID, SETTINGS, lambda work: {"nll": 4.5})
+    assert run.metrics == {"nll": 4.5}
+    assert not (run.path / "model").exists()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_json_that_cannot_be_read_back_is_refused_and_the_old_file_kept(home, value):
+    path = home / "metrics.json"
+    runs.write_json(path, {"nll": 1})
+    with pytest.raises(ValueError):
+        runs.write_json(path, {"nll": value})
+    assert runs.read_json(path) == {"nll": 1}
+
+
+@pytest.mark.parametrize("content", [None, "", '{"nll": '])
+def test_a_missing_or_damaged_run_file_is_named_with_the_way_out(home, content):
+    path = home / ID / "metrics.json"
+    path.parent.mkdir()
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(
+        KdlibError, match=f"metrics.json cannot be read.*Delete the folder .*{ID} to have the run made again"
+    ):
+        runs.read_json(path)
+
+
+def planned(home, *ids: str) -> None:
+    folder = home / "results" / "smoke"
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = [{"id": one, "label": f"label of {one}", "inputs": []} for one in ids]
+    (folder / "plan.json").write_text(json.dumps({"profile": "smoke", "runs": entries}))
+
+
+def test_the_table_has_the_planned_runs_in_order_with_their_parameters(home):
+    corpus = "corpus-000000000000"
+    runs.make("smoke", ID, SETTINGS, lambda work: {"nll": 4.5})
+    runs.make("smoke", corpus, {"kind": "corpus", "parameters": {"block_length": 64}}, lambda work: {})
+    runs.make("smoke", "student-ffffffffffff", SETTINGS, lambda work: {})
+    planned(home, corpus, ID)
+    table = runs.table("smoke")
+    assert list(table.index) == [corpus, ID]
+    assert list(table.kind) == ["corpus", "student"]
+    assert table.loc[ID, "objective"] == "kd"
+    assert table.loc[ID, "label"] == f"label of {ID}"
+    assert table.loc[ID, "run"].metrics == {"nll": 4.5}
+    assert math.isnan(table.loc[corpus, "seed"])
+
+
+def test_missing_runs_are_named_with_the_command_that_makes_them(home):
+    runs.make("smoke", ID, SETTINGS, lambda work: {})
+    planned(home, ID, "ensemble-0123456789ab")
+    told = (
+        r"lacks 1 of 2 planned runs: label of ensemble-0123456789ab \(ensemble-0123456789ab\).*make paper PROFILE=smoke"
+    )
+    with pytest.raises(KdlibError, match=told):
+        runs.table("smoke")
+
+
+def test_a_profile_that_was_never_run_says_how_to_run_it():
+    with pytest.raises(KdlibError, match="No results of profile 'quick'.*make paper PROFILE=quick"):
+        runs.table("quick")
+
+
+def test_a_run_folder_has_no_temporary_files(home):
+    runs.write_json(home / "a.json", {})
+    assert os.listdir(home) == ["a.json"]

@@ -1,0 +1,622 @@
+"""Training against identities: alignment under shuffle, invariance to batching, and resumes that change no bit."""
+
+import gc
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from tiny import (
+    BLOCK,
+    VOCABULARY,
+    contents,
+    dense_log_probs,
+    die_at,
+    exit_code,
+    make_model,
+    make_split,
+    predicting,
+)
+from transformers import AutoModelForCausalLM, GPT2Config, TrainerCallback
+
+from kdlib import models, training
+from kdlib.cache import TargetCache, write_targets
+from kdlib.corpus import load_split, pack, save_split
+from kdlib.errors import KdlibError
+from kdlib.losses import SparseTargets
+from kdlib.profiles import TrainingParameters
+from kdlib.training import Collator, DistillationTrainer, newest_checkpoint, parameter_groups, read_log, steps
+
+DEFAULTS = {
+    "profile": "tiny", "epochs": 2, "batch_size": 4, "gradient_accumulation": 1, "learning_rate": 1e-2, "warmup": 0.1,
+    "weight_decay": 0.1, "seed": 0, "precision": "float32", "compile": False,
+}  # fmt: skip
+
+
+def settings(**changes):
+    return TrainingParameters(**DEFAULTS | changes)
+
+
+def make_trainer(folder, model=None, split=None, validation=True, changes=None, kind=DistillationTrainer, **options):
+    split = split or make_split(documents=20)
+    if validation:
+        held_out = make_split("validation", seed=1, documents=4)
+        options |= {"validation": held_out, "validation_index": pack(held_out.windows(BLOCK), BLOCK)}
+    model = make_model(0) if model is None else model
+    return kind(model, settings(**changes or {}), split, pack(split.windows(BLOCK), BLOCK), folder, **options)
+
+
+def loose(split):
+    """A row a window, so that rows hold unequal numbers of tokens."""
+    return np.concatenate([pack(window[None], BLOCK) for window in split.windows(BLOCK)])
+
+
+def trained(folder, *arguments, **options):
+    """Weights after training, and the trainer."""
+    trainer = make_trainer(folder, *arguments, **options)
+    trainer.fit()
+    return weights(trainer.model), trainer
+
+
+def weights(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def distance(one, other):
+    return sum((one[name].double() - other[name].double()).square().sum() for name in one).sqrt().item()
+
+
+def column(trainer, name):
+    return [row[name] for row in read_log(trainer.log_path) if row[name]]
+
+
+class NextTokens:
+    """A cache whose targets put all mass on the text's own next token, looked up by flat position."""
+
+    temperature = 1.0
+
+    def __init__(self, split):
+        self.split = split
+
+    def read(self, positions):
+        positions = positions.reshape(-1)
+        ids = torch.from_numpy(self.split.tokens[np.maximum(positions, 0) + 1].astype(np.int64))[:, None]
+        mass = torch.from_numpy((positions >= 0).astype(np.float32))[:, None]
+        return SparseTargets(ids, mass, None, torch.zeros(len(positions)), 1.0)
+
+
+def cache_of(folder, teacher, split, kind="sampled", size=50, temperature=1.0):
+    write_targets(folder, teacher, split, {}, kind, size, temperature, block_length=BLOCK, shard_tokens=60)
+    return TargetCache(folder, {}, temperature)
+
+
+# Alignment
+
+
+def test_targets_of_a_shuffled_batch_are_those_of_its_tokens(tmp_path):
+    split = make_split(documents=20)
+    cache = cache_of(tmp_path, make_model(1), split)
+    index = loose(split)
+    rows = [index[number] for number in np.random.default_rng(0).permutation(len(index))[:7]]
+    batch = Collator(split, cache)(rows)
+    assert any((row < 0).any() for row in rows)
+    for place, position in enumerate(np.concatenate(rows).tolist()):
+        label, mine = batch["labels"].flatten()[place], batch["targets"][slice(place, place + 1)]
+        assert (label == -100 and mine.weights.sum() == 0) if position < 0 else label == split.tokens[position + 1]
+        if position >= 0:
+            alone = cache.read(np.array([position]))
+            entry = dict(zip(alone.ids[0].tolist(), alone.weights[0].tolist(), strict=True))
+            used = mine.weights[0] > 0
+            assert entry == dict(zip(mine.ids[0][used].tolist(), mine.weights[0][used].tolist(), strict=True))
+
+
+def test_targets_that_are_the_text_itself_train_as_cross_entropy_does(tmp_path):
+    split = make_split(documents=20)
+    changes = {"epochs": 3, "gradient_accumulation": 2}
+    ce, _ = trained(tmp_path / "ce", split=split, changes=changes)
+    options = {"split": split, "changes": changes, "targets": NextTokens(split)}
+    kd, trainer = trained(tmp_path / "kd", kd_weight=1.0, **options)
+    half, _ = trained(tmp_path / "half", kd_weight=0.5, **options)
+    moved = distance(ce, weights(make_model(0)))
+    assert distance(ce, kd) < 1e-4 * moved and distance(ce, half) < 1e-4 * moved
+    assert column(trainer, "kd") == column(trainer, "ce")
+
+
+def test_every_row_comes_once_an_epoch_in_another_order_each_time(tmp_path):
+    seen = []
+
+    class Watched(DistillationTrainer):
+        def compute_loss(self, model, inputs, **options):
+            seen.append(inputs["input_ids"].clone())
+            return super().compute_loss(model, inputs, **options)
+
+    split = make_split(documents=20)
+    rows = len(pack(split.windows(BLOCK), BLOCK))
+    trained(tmp_path, split=split, validation=False, kind=Watched, changes={"epochs": 2, "batch_size": rows})
+    first, second = ([tuple(row) for row in batch.tolist()] for batch in seen)
+    assert len(seen) == 2 and first != second and sorted(first) == sorted(second)
+    assert sorted(first) == sorted(map(tuple, Collator(split)(list(pack(split.windows(BLOCK), BLOCK)))["input_ids"].tolist()))
+
+
+# The objective
+
+
+def test_batch_size_and_accumulation_of_one_product_give_the_same_weights(tmp_path):
+    """Rows hold unequal numbers of tokens, so a mean over micro-batches would weigh them differently."""
+    split = make_split(documents=20)
+    index = loose(split)[:24]
+    assert len(set((index >= 0).sum(1))) > 8
+    found = []
+    for number, (batch_size, accumulation) in enumerate([(8, 1), (4, 2), (2, 4), (1, 8)]):
+        values = settings(batch_size=batch_size, gradient_accumulation=accumulation)
+        targets = cache_of(tmp_path / f"targets-{number}", make_model(1), split)
+        trainer = DistillationTrainer(
+            make_model(0).double(), values, split, index, tmp_path / str(number), targets=targets, kd_weight=0.7
+        )
+        trainer.fit()
+        found.append((weights(trainer.model), [column(trainer, name) for name in ("loss", "ce", "kd", "tokens")]))
+    for other, log in found[1:]:
+        # A norm of 1e-6 of how far the weights moved is float32 rounding of the step's 1 / tokens, and less.
+        assert distance(found[0][0], other) < 1e-6 * distance(found[0][0], weights(make_model(0).double()))
+        assert log == found[0][1]
+    assert len(log[0]) == 6
+
+
+def test_weight_zero_is_cross_entropy_bit_for_bit(tmp_path):
+    split, teacher = make_split(documents=20), make_model(1)
+    ce, _ = trained(tmp_path / "ce", split=split)
+    cached, _ = trained(tmp_path / "kd", split=split, targets=cache_of(tmp_path / "targets", teacher, split))
+    online, trainer = trained(tmp_path / "online", split=split, teacher=teacher)
+    assert same(ce, cached) and same(ce, online)
+    assert column(trainer, "kd") == []
+
+
+class Exact:
+    """A cache that keeps the whole distribution in float32."""
+
+    def __init__(self, teacher, split, temperature):
+        log_t = dense_log_probs(teacher, split, temperature).nan_to_num(0)
+        self.t, self.temperature = log_t.exp().float(), temperature
+        self.entropy = -(log_t.exp() * log_t).sum(1).float()
+
+    def read(self, positions):
+        positions = torch.from_numpy(positions.reshape(-1)).clamp(min=0)
+        ids = torch.arange(VOCABULARY).expand(len(positions), -1)
+        return SparseTargets(ids, self.t[positions], None, self.entropy[positions], self.temperature)
+
+
+@pytest.mark.parametrize(("temperature", "kd_weight"), [(1.0, 1.0), (2.0, 0.6)])
+def test_cached_and_online_teachers_train_alike_up_to_the_caches_rounding(tmp_path, temperature, kd_weight):
+    split, teacher = make_split(documents=20), make_model(1)
+    options = {"split": split, "kd_weight": kd_weight, "temperature": temperature}
+    online, trainer = trained(tmp_path / "online", teacher=teacher, **options)
+    exact, other = trained(tmp_path / "exact", targets=Exact(teacher, split, temperature), **options)
+    # All but one probability and the tail are the whole distribution, in half precision.
+    almost = cache_of(tmp_path / "targets", teacher, split, "topk", VOCABULARY - 1, temperature)
+    topk, _ = trained(tmp_path / "topk", targets=almost, **options)
+    ce, _ = trained(tmp_path / "ce", split=split)
+    moved = distance(online, weights(make_model(0)))
+    assert distance(online, exact) < 1e-4 * moved
+    assert distance(online, topk) < 1e-2 * moved
+    assert distance(online, ce) > 0.3 * moved
+    for name in ("loss", "ce", "kd"):
+        assert np.allclose(np.float64(column(trainer, name)), np.float64(column(other, name)), atol=1e-4)
+
+
+def test_the_teacher_in_the_loop_has_no_dropout_while_the_students_stays_on(tmp_path):
+    split = make_split(documents=20)
+    modes = {"teacher": set(), "student": set()}
+
+    def watch(name):
+        return lambda module, *_: modes[name].add(module.training)
+
+    runs = {}
+    for dropout in (0.0, 0.5):
+        teacher, student = make_model(1, dropout).train(), make_model(0, dropout=0.3)
+        teacher.model.layers[0].self_attn.register_forward_hook(watch("teacher"))
+        student.model.layers[0].self_attn.register_forward_hook(watch("student"))
+        options = {"model": student, "split": split, "teacher": teacher, "kd_weight": 0.9, "validation": False}
+        runs[dropout], _ = trained(tmp_path / str(dropout), **options)
+    assert modes == {"teacher": {False}, "student": {True}}
+    assert same(runs[0.0], runs[0.5])
+    steady, _ = trained(tmp_path / "steady", split=split, teacher=make_model(1), kd_weight=0.9, validation=False)
+    assert not same(runs[0.0], steady)
+
+
+def test_adapters_on_the_teachers_own_base_keep_their_dropout_and_leave_the_teacher_alone(tmp_path):
+    teacher = make_model(1)
+    student = models.lora(teacher, 2, 4.0, 0.5, seed=0)
+    before, modes = weights(teacher), {"teacher": set(), "student": set()}
+    teacher.model.layers[0].register_forward_hook(lambda module, *_: modes["teacher"].add(module.training))
+    dropout = next(module for name, module in student.named_modules() if name.endswith("lora_dropout.default"))
+    dropout.register_forward_hook(lambda module, *_: modes["student"].add(module.training))
+    trained(tmp_path, student, teacher=teacher, kd_weight=0.5, validation=False)
+    assert modes == {"teacher": {False}, "student": {True}}
+    assert same(before, weights(teacher))
+
+
+def test_a_teacher_that_is_the_students_own_base_is_refused(tmp_path):
+    student = models.lora(make_model(1), 2, 4.0, 0.5, seed=0)
+    with pytest.raises(KdlibError, match="share parameters"):
+        make_trainer(tmp_path, student, teacher=student.get_base_model(), kd_weight=0.5)
+
+
+def test_measuring_the_validation_loss_changes_nothing(tmp_path):
+    model = make_model(0, dropout=0.3)
+    watched, trainer = trained(tmp_path / "watched", model)
+    alone, _ = trained(tmp_path / "alone", make_model(0, dropout=0.3), validation=False)
+    assert same(watched, alone)
+    held_out = trainer.validation[0]
+    where = predicting(held_out)
+    log_s = dense_log_probs(model.eval(), held_out)[where]
+    nll = -log_s.gather(1, torch.from_numpy(held_out.tokens[where + 1].astype(np.int64))[:, None]).mean()
+    assert float(column(trainer, "validation_nll")[-1]) == pytest.approx(nll.item(), rel=1e-5)
+
+
+# Learning rates and decay
+
+
+def test_multipliers_freeze_slow_down_and_take_the_first_match(tmp_path):
+    before = weights(make_model(0, layers=2))
+    multipliers = {r"embed_tokens|\.norm\.": 0, r"layers\.1\.mlp": 0.5, r"layers\.1": 2.0}
+    after, trainer = trained(tmp_path, make_model(0, layers=2), multipliers=multipliers)
+    frozen = {name for name in before if torch.equal(before[name], after[name])}
+    assert frozen == {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"}
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    for group in trainer.optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names.pop(id(parameter))
+            expected = 0.5 if "layers.1.mlp" in name else 2.0 if "layers.1" in name else 1.0
+            assert group["initial_lr"] == pytest.approx(1e-2 * expected)
+    assert set(names.values()) == frozen - {"lm_head.weight"}
+
+
+def test_half_the_rate_takes_half_the_step():
+    """Adam's first step is the learning rate times the gradient's sign, whatever the gradient's size."""
+    model = make_model(0)
+    groups = parameter_groups(model, {r"mlp": 0.5}, learning_rate=1e-3, weight_decay=0.0)
+    before = weights(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.25)
+    torch.optim.AdamW(groups, lr=1.0).step()
+    for name, value in model.named_parameters():
+        expected = 0.5e-3 if "mlp" in name else 1e-3
+        assert torch.allclose(before[name] - value, torch.full_like(value, expected), rtol=1e-3)
+
+
+def test_norms_and_biases_are_not_decayed():
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": BLOCK}
+    model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=VOCABULARY, **sizes))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, {}, 1e-2, 0.1)
+    undecayed = {names[id(one)] for group in groups if group["weight_decay"] == 0 for one in group["params"]}
+    assert undecayed == {name for name in names.values() if "ln_" in name or name.endswith("bias")}
+    assert sum(len(group["params"]) for group in groups) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("multipliers", "message"),
+    [
+        ({"nothing_like_it": 0.5}, r"match no parameter: \['nothing_like_it'\].*embed_tokens"),
+        ({"(": 0.5}, "malformed regular expression"),
+        ({"": 0}, "freeze every parameter"),
+    ],
+)
+def test_a_multiplier_that_does_nothing_or_too_much_is_refused(tmp_path, multipliers, message):
+    trainer = make_trainer(tmp_path, multipliers=multipliers)
+    with pytest.raises(KdlibError, match=message):
+        trainer.fit()
+    assert not trainer.log_path.exists()
+
+
+# Steps and the log
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "expected"),
+    [
+        (28, {}, 14),
+        (31, {}, 14),  # the last, partial batch of an epoch is left out
+        (28, {"epochs": 0.5}, 4),
+        (28, {"epochs": 0.01}, 1),
+        (28, {"epochs": 0}, 0),
+        (3, {}, 2),
+        (28, {"gradient_accumulation": 2}, 8),  # 2 + 2 + 2 + 1 batches an epoch
+        (28, {"gradient_accumulation": 2, "epochs": 3}, 12),
+        (28, {"gradient_accumulation": 100}, 2),
+    ],
+)
+def test_steps_are_those_of_whole_batches(rows, changes, expected):
+    assert steps(settings(**changes), rows) == expected
+
+
+def test_whole_epochs_see_all_tokens_as_often_whatever_the_accumulation(tmp_path):
+    split = make_split(documents=20)
+    index = pack(split.windows(BLOCK), BLOCK)[:20]
+    for accumulation in (1, 3):
+        values = settings(epochs=3, gradient_accumulation=accumulation)
+        trainer = DistillationTrainer(make_model(0), values, split, index, tmp_path / str(accumulation))
+        assert trainer.fit()["tokens"] == 3 * (index >= 0).sum()
+        assert float(column(trainer, "epoch")[-1]) == 3
+
+
+def test_the_log_has_a_row_a_step_with_its_losses_tokens_and_learning_rate(tmp_path, capsys):
+    split = make_split(documents=20)
+    targets = cache_of(tmp_path / "targets", make_model(1), split)
+    changes = {"epochs": 3, "gradient_accumulation": 2, "warmup": 0.25}
+    trainer = make_trainer(tmp_path, split=split, targets=targets, kd_weight=0.9, changes=changes)
+    about = trainer.fit()
+    text = trainer.log_path.read_text()
+    assert tuple(text.splitlines()[0].split(",")) == training.LOG_COLUMNS
+    rows = read_log(trainer.log_path)
+    taken, measured = [row for row in rows if row["loss"]], [row for row in rows if row["validation_nll"]]
+    assert [int(row["step"]) for row in taken] == list(range(1, trainer.steps + 1))
+    assert int(measured[-1]["step"]) == trainer.steps and 2 <= len(measured) <= training.CHECKPOINTS
+    for name in ("step", "tokens", "seconds", "epoch"):
+        values = np.float64([row[name] for row in rows])
+        assert (np.diff(values) >= 0).all()
+    total, warm = trainer.steps, round(0.25 * trainer.steps)
+    for row in taken:
+        assert float(row["loss"]) == pytest.approx(0.9 * float(row["kd"]) + 0.1 * float(row["ce"]), rel=1e-5)
+        done = int(row["step"]) - 1
+        cosine = 0.5 * (1 + math.cos(math.pi * (done - warm) / (total - warm)))
+        assert float(row["learning_rate"]) == pytest.approx(1e-2 * (done / warm if done < warm else cosine), rel=1e-4)
+        assert int(row["memory_bytes"]) > 10**7
+    labels = (pack(split.windows(BLOCK), BLOCK) >= 0).sum()
+    batch_tokens = np.diff([0, *(int(row["tokens"]) for row in taken)])
+    assert (batch_tokens > 0).all() and (batch_tokens <= 2 * 4 * BLOCK).all() and sum(batch_tokens) <= 3 * labels
+    assert about["tokens"] == sum(batch_tokens) and about["steps"] == total
+    assert about["final_loss"] == pytest.approx(np.mean([float(row["loss"]) for row in taken][-20:]))
+    assert about["flops"] == 3 * models.flops_per_token(trainer.model, BLOCK) * about["tokens"]
+    assert capsys.readouterr().out == ""
+
+
+def test_no_epochs_leave_the_model_as_initialised(tmp_path):
+    after, trainer = trained(tmp_path, changes={"epochs": 0})
+    assert same(after, weights(make_model(0)))
+    about = trainer.fit()
+    assert (about["steps"], about["tokens"], about["final_loss"], about["tokens_per_second"]) == (0, 0, None, None)
+    assert not trainer.log_path.exists()
+
+
+def test_a_split_without_rows_is_refused(tmp_path):
+    split = make_split()
+    with pytest.raises(KdlibError, match="no rows to train on"):
+        DistillationTrainer(make_model(0), settings(), split, pack(split.windows(BLOCK)[:0], BLOCK), tmp_path)
+
+
+# Compilation
+
+
+def test_without_a_compiler_training_is_the_same(tmp_path, monkeypatch, capsys):
+    plain, _ = trained(tmp_path / "plain", validation=False)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    fallback, _ = trained(tmp_path / "fallback", validation=False, changes={"compile": True})
+    assert same(plain, fallback)
+    assert "no compiler (g++ or clang++) found" in capsys.readouterr().out.replace(os.environ.get("CXX", "g++"), "g++")
+
+
+def test_with_a_compiler_the_body_that_trains_is_the_compiled_one(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(torch, "compile", lambda body, **_: compiled.append(body) or (lambda **inputs: body(**inputs)))
+    plain, _ = trained(tmp_path / "plain", validation=False)
+    assert compiled == []
+    model = make_model(0)
+    again, _ = trained(tmp_path / "compiled", model, validation=False, changes={"compile": True})
+    assert compiled == [model.model] and same(plain, again)
+
+
+# Stopping and going on
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C before the step after ``step``."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def interrupted(folder, step, *arguments, **options):
+    trainer = make_trainer(folder, *arguments, **options)
+    trainer.add_callback(Interrupt(step))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+
+
+LOGGED = ("step", "epoch", "loss", "ce", "kd", "learning_rate", "tokens", "validation_nll")
+
+
+def logged(folder):
+    return [tuple(row[name] for name in LOGGED) for row in read_log(folder / "log.csv")]
+
+
+def make_student(kind):
+    return models.lora(make_model(0), 2, 4.0, 0.3, seed=0) if kind == "lora" else make_model(0, dropout=0.3)
+
+
+# Before the first checkpoint, within an epoch, at the end of one, right before the last step.
+@pytest.mark.parametrize(("student", "stops"), [("whole", (1, 7, 8, 11)), ("lora", (7,))])
+def test_a_run_interrupted_in_any_epoch_goes_on_to_the_same_weights_and_log(tmp_path, student, stops):
+    split = make_split(documents=20)
+    targets = cache_of(tmp_path / "targets", make_model(1), split)
+    changes = {"epochs": 3, "gradient_accumulation": 2}
+    options = {"split": split, "targets": targets, "kd_weight": 0.9, "changes": changes}
+    whole, trainer = trained(tmp_path / "whole", make_student(student), **options)
+    assert trainer.steps == 12
+    for step in stops:
+        folder = tmp_path / str(step)
+        interrupted(folder, step, make_student(student), **options)
+        resumed, again = trained(folder, make_student(student), **options)
+        assert same(whole, resumed)
+        assert logged(folder) == logged(tmp_path / "whole")
+        seconds = np.float64([row["seconds"] for row in read_log(folder / "log.csv")])
+        assert (np.diff(seconds) >= 0).all()
+        assert again._tokens == trainer._tokens
+
+
+def test_a_run_that_had_finished_is_read_back_without_another_step(tmp_path):
+    changes = {"epochs": 3, "gradient_accumulation": 2, "learning_rate": 1e-2, "batch_size": 5}
+    trainer = make_trainer(tmp_path, changes=changes)
+    about = trainer.fit()
+    log = trainer.log_path.read_bytes()
+    resumed, again = trained(tmp_path, make_model(5), changes=changes)
+    assert same(resumed, weights(trainer.model))
+    assert again.log_path.read_bytes() == log
+    assert again.fit()["tokens"] == about["tokens"]
+
+
+@pytest.mark.parametrize("state", [None, "", '{"global_step": 8'])
+def test_an_unfinished_newest_checkpoint_is_skipped_and_removed(tmp_path, state):
+    whole, trainer = trained(tmp_path / "whole")
+    interrupted(tmp_path / "killed", 9)
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    newest, older = (checkpoints / f"checkpoint-{step}" for step in (8, 6))
+    assert newest_checkpoint(checkpoints) == newest
+    (newest / "trainer_state.json").unlink()
+    if state is not None:
+        (newest / "trainer_state.json").write_text(state)
+    assert newest_checkpoint(checkpoints) == older
+    assert not newest.exists()
+    resumed, _ = trained(tmp_path / "killed")
+    assert same(whole, resumed) and logged(tmp_path / "killed") == logged(tmp_path / "whole")
+
+
+def test_no_more_than_two_checkpoints_are_kept(tmp_path):
+    trained(tmp_path)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["checkpoint-12", "checkpoint-14"]
+
+
+def test_a_log_cut_short_in_a_row_is_read_up_to_there(tmp_path):
+    _, trainer = trained(tmp_path)
+    rows = read_log(trainer.log_path)
+    lines = trainer.log_path.read_bytes().splitlines(keepends=True)
+    trainer.log_path.write_bytes(b"".join(lines[:-1]) + lines[-1][:20])
+    assert read_log(trainer.log_path) == rows[:-1]
+
+
+class Poison(TrainerCallback):
+    """After ``step`` steps the weights are broken, or the gradients of the step that makes it ``step`` are."""
+
+    def __init__(self, step, model, where):
+        self.step, self.parameter, self.where = step, next(model.parameters()), where
+
+    def on_step_begin(self, args, state, control, **_):
+        if self.where == "weights" and state.global_step == self.step:
+            self.parameter.data[0] = torch.nan
+
+    def on_pre_optimizer_step(self, args, state, control, **_):
+        if self.where == "gradients" and state.global_step + 1 == self.step:
+            self.parameter.data[0] = torch.nan
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, saved):
+    trainer = make_trainer(tmp_path)
+    step = 4 if saved else 1
+    trainer.add_callback(Poison(step, trainer.model, "weights"))
+    kept = str(tmp_path / "checkpoints" / "checkpoint-4") if saved else "none yet"
+    with pytest.raises(KdlibError, match=f"loss became nan at step {step + 1} of 14.*{re.escape(kept)}"):
+        trainer.fit()
+    assert [int(row["step"]) for row in read_log(trainer.log_path) if row["loss"]] == list(range(1, step + 1))
+    if saved:
+        good = AutoModelForCausalLM.from_pretrained(kept)
+        assert all(value.isfinite().all() for value in good.parameters())
+        whole, _ = trained(tmp_path / "whole")
+        resumed, _ = trained(tmp_path)
+        assert same(whole, resumed)
+
+
+def test_a_gradient_that_is_not_finite_never_becomes_a_checkpoint(tmp_path):
+    model = make_model(0)
+    parameter = model.model.layers[0].mlp.up_proj.weight
+    calls = itertools.count(1)
+    # The loss of step 4 is finite; its gradient is not, and step 4 would be saved.
+    parameter.register_hook(lambda gradient: gradient * (torch.inf if next(calls) == 4 else 1))
+    with pytest.raises(KdlibError, match="gradient's norm became (inf|nan) at step 4 of 14.*checkpoint-2"):
+        make_trainer(tmp_path, model).fit()
+    assert newest_checkpoint(tmp_path / "checkpoints").name == "checkpoint-2"
+
+
+# A killed process
+
+
+def _train_and_die(folder, event):
+    torch.set_num_threads(1)
+    split = make_split(documents=20)
+    targets = TargetCache(folder.parent / "targets", {}, 1.0)
+    if event:
+        die_at(event, folder)
+    changes = {"epochs": 3, "gradient_accumulation": 2}
+    after, _ = trained(folder, make_student("whole"), split=split, targets=targets, kd_weight=0.9, changes=changes)
+    torch.save(after, folder.parent / f"{folder.name}.pt")
+
+
+@pytest.mark.slow
+def test_a_trainer_killed_at_random_moments_ends_with_the_weights_and_log_of_one_that_was_not(tmp_path):
+    cache_of(tmp_path / "targets", make_model(1), make_split(documents=20))
+    assert exit_code(_train_and_die, tmp_path / "whole", 0) == 0
+    events = np.random.default_rng(0).integers(10, 80, 50)
+    codes = (exit_code(_train_and_die, tmp_path / "killed", event) for event in events)
+    kills = list(itertools.takewhile(lambda code: code == -signal.SIGKILL, codes))
+    assert 3 <= len(kills) < 50
+    assert same(torch.load(tmp_path / "whole.pt"), torch.load(tmp_path / "killed.pt"))
+    assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
+    assert sorted(os.listdir(tmp_path / "killed")) == sorted(os.listdir(tmp_path / "whole"))
+    assert sorted(os.listdir(tmp_path / "killed/checkpoints")) == sorted(os.listdir(tmp_path / "whole/checkpoints"))
+
+
+# What is left behind
+
+
+def tensors():
+    gc.collect()
+    return sum(one.nbytes for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter))
+
+
+def test_memory_is_returned_between_rounds_of_training_and_evaluation(tmp_path):
+    def round_of(number):
+        model = make_model(0, vocabulary=8_000)
+        trained(tmp_path / str(number), model, changes={"epochs": 0.5})
+        dense_log_probs(model, make_split(documents=2))
+        return tensors(), psutil.Process().memory_info().rss
+
+    rounds = [round_of(number) for number in range(7)]
+    print(rounds)
+    # A round holds weights, gradients and two moments of a megabyte each; a leak would keep some of them every time.
+    assert max(held for held, _ in rounds) - rounds[1][0] < 10**6
+    assert rounds[-1][1] - rounds[2][1] < 25 * 10**6
+
+
+def test_loading_the_same_data_twice_leaves_the_disk_as_it_was(tmp_path):
+    split = make_split()
+    save_split(split, tmp_path / "data")
+    cache_of(tmp_path / "targets", make_model(0), split)
+
+    def state():
+        times = {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))}
+        return times, contents(tmp_path)
+
+    before = state()
+    for _ in range(2):
+        mapped = load_split(tmp_path / "data", "train")
+        rows = list(pack(mapped.windows(BLOCK), BLOCK))
+        batch = Collator(mapped, TargetCache(tmp_path / "targets", {}, 1.0))(rows)
+        assert len(batch["targets"]) == batch["labels"].numel()
+        assert state() == before
+    assert json.loads((tmp_path / "targets" / "manifest.json").read_text())["tokens"] == len(predicting(split))
