@@ -38,12 +38,17 @@ lab: env  ## Jupyter on the notebooks
 lint: env  ## style and common mistakes (needs ruff)
 	ruff check kdlib tests
 
-# torch differs by platform and is pinned in torch.lock; what only torch needs is left to it.
-lock:  ## requirements.lock anew from pyproject.toml (needs uv)
-	@skip=$$($(COMPILE) | sed -nE 's/^((nvidia|cuda)-[a-z0-9-]+|torch|triton)==.*/--no-emit-package \1/p') && \
-	{ sed -n '/^#/p' requirements.lock; $(COMPILE) --generate-hashes $$skip; } > requirements.lock.new
-	@mv requirements.lock.new requirements.lock
+# torch comes in a CPU and in a CUDA build, so it and what only it needs are left to torch.lock.
 COMPILE := uv pip compile pyproject.toml --quiet --all-extras --universal --python-version 3.11 --no-header --no-annotate
+lock:  ## requirements.lock anew from pyproject.toml, and environment.yml from both locks (needs uv)
+	@sed -n '/^#/p' requirements.lock > requirements.lock.new
+	@skip=$$($(COMPILE) | sed -nE 's/^((nvidia|cuda)-[a-z0-9-]+|torch|triton)==.*/--no-emit-package \1/p') && \
+	$(COMPILE) --generate-hashes $$skip >> requirements.lock.new
+	@mv requirements.lock.new requirements.lock
+	@awk 'FILENAME != "environment.yml" { if (split($$1, pin, "==") == 2) version[pin[1]] = pin[2]; next } \
+	split($$2, pin, "==") == 2 { sub(/==.*/, "==" version[pin[1]]) } 1' \
+	requirements.lock torch.lock environment.yml > environment.yml.new
+	@mv environment.yml.new environment.yml
 
 clean:  ## all that can be made again but the environment: results of smoke and quick, caches of tools
 	rm -rf results/smoke results/quick figures/smoke figures/quick paper/generated/smoke paper/generated/quick paper/build

@@ -8,6 +8,7 @@ the stored per-document sums.
 import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -207,19 +208,31 @@ def differences(pairs: Sequence[Pair], resamples: int) -> pd.DataFrame:
     adjusted = statistics.holm_intervals([comparison for comparison, _ in measured])
     rows = []
     for (pair, split), comparison, (_, error) in zip(keys, adjusted, measured, strict=True):
-        claim = statistics.claim(comparison, error)
         row = {"a": pair.a, "b": pair.b, "split": split, "runs": len(pair.runs_a)}
         row |= {name: getattr(comparison, name) for name in ("difference", "low", "high", "p_value", "level")}
+        claim = statistics.claim(comparison, error)
         row |= {"seed_standard_error": error, "verdict": claim.verdict}
-        rows.append(row | {"sentence": sentence(row, claim.reason.rsplit(": ", 1)[1])})
+        # Where B turns out to be the better one, that is what there is to say.
+        other = statistics.claim(_reversed(comparison), error)
+        said = sentence(row, claim.reason) if other.verdict != "yes" else sentence(_mirrored(row), other.reason)
+        rows.append(row | {"sentence": said})
     return pd.DataFrame(rows)
 
 
-def sentence(row: dict, because: str) -> str:
-    """What a difference says, in words a reader can check against the row's own numbers."""
+def _reversed(comparison: statistics.Comparison) -> statistics.Comparison:
+    return replace(comparison, difference=-comparison.difference, low=-comparison.high, high=-comparison.low)
+
+
+def _mirrored(row: dict) -> dict:
+    turned = {"difference": -row["difference"], "low": -row["high"], "high": -row["low"]}
+    return row | {"a": row["b"], "b": row["a"], "verdict": "yes"} | turned
+
+
+def sentence(row: dict, reason: str) -> str:
+    """What a difference says, in words a reader can check against the row's own numbers; ``reason`` is the claim's."""
     a, b = (name if name == BEST else f"the {name}" for name in (row["a"], row["b"]))
     size = f"difference {row['difference']:+.3f} nats/token, interval {row['low']:+.3f} to {row['high']:+.3f}"
-    where = TEXTS[row["split"]]
+    where, because = TEXTS[row["split"]], reason.rsplit(": ", 1)[1]
     text = {
         "yes": f"{a} beats {b} on {where} ({size}).",
         "no": f"{a} does not beat {b} on {where} by an amount that matters ({size}).",

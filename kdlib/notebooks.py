@@ -1,7 +1,7 @@
 """Notebook files as data: where they are, what their code is, which parameters they declare.
 
-Only the sources of code cells count as a notebook's code: opening one in Jupyter rewrites metadata, ids and outputs of the
-file, and none of that changes what it computes.
+Only the sources of code cells count as a notebook's code: opening one in Jupyter rewrites metadata, ids and outputs of
+the file, and none of that changes what it computes.
 """
 
 import ast
@@ -23,7 +23,8 @@ def find(name: str | Path) -> Path:
     path = Path(name)
     if path.stem not in NOTEBOOKS:
         raise KdlibError(
-            f"Unknown notebook {str(name)!r}. Expected one of {', '.join(f'notebooks/{one}.ipynb' for one in NOTEBOOKS)}."
+            f"Unknown notebook {str(name)!r}. "
+            f"Expected one of {', '.join(f'notebooks/{one}.ipynb' for one in NOTEBOOKS)}."
         )
     for candidate in (path, REPOSITORY / "notebooks" / f"{path.stem}.ipynb"):
         if candidate.is_file():
@@ -70,6 +71,7 @@ def declared(path: Path) -> dict[str, Any]:
             values[target.id] = ast.literal_eval(statement.value)
         except (AttributeError, ValueError):
             raise KdlibError(
-                f"The parameters cell of {path} holds {ast.unparse(statement)!r}; expected only lines like 'name = literal'."
+                f"The parameters cell of {path} holds {ast.unparse(statement)!r}; "
+                "expected only lines like 'name = literal'."
             ) from None
     return values

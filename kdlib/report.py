@@ -166,7 +166,7 @@ _DIFFERENCE = {
     "Text": "{split}",
     "A − B": "{difference:+.3f}",
     "Interval": "[{low:+.3f}, {high:+.3f}]",
-    "p": "{p_value:.3f}",
+    "p": "{p_value:.4f}",
     "A is better": "{verdict}",
 }
 _CORPUS = {
@@ -278,8 +278,8 @@ def _results(profile: str) -> str:
     setup = {name: found[f"setup/{name}/value"] for name in ("runs", "device", "epochs")}
     about = (
         f"Drawn from the {setup['runs']} runs of the profile `{profile}` on {setup['device']}: "
-        f"{found['setup/train_tokens/si']} tokens of training text, {setup['epochs']} epochs. Losses are nats per token "
-        "of test text, with bootstrap intervals over seeds and sources."
+        f"{found['setup/train_tokens/si']} tokens of training text, {setup['epochs']} epochs. Losses are nats per "
+        "token of test text, with bootstrap intervals over seeds and sources."
     )
     said = "\n".join(f"- {sentence}" for stem in FINDINGS for sentence in findings(profile, stem))
     pictures = [f"![{alt}](figures/{profile}/{stem}.png)" for stem, alt in README_FIGURES.items()]

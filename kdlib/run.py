@@ -6,7 +6,7 @@
     python -m kdlib.run --list
 
 The profile's section for the notebook, with ``--set`` on top, is checked before anything is started. A run that exists
-already is not made again. The executed notebook is kept in ``results/<profile>/executed``, also when it failed half-way.
+already is not made again. The executed notebook is kept in ``results/<profile>/executed``, also one that failed.
 
 Exit status: 0 done; 1 the notebook failed; 2 the input was wrong; 130, 143 stopped by Ctrl-C or SIGTERM.
 """
@@ -129,8 +129,8 @@ def execute(path: Path, output: Path, values: dict[str, Any]) -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, _stop)
     with _kernel(profiles.REPOSITORY) as kernel:
-        # Imported while the kernel starts in its own process. The grammar of internationalised addresses takes two seconds
-        # to compile, as long as all the rest, and checks nothing that a notebook holds.
+        # Imported while the kernel starts in its own process. The grammar of internationalised addresses would take two
+        # seconds to compile, as long as all the rest, and checks nothing that a notebook holds.
         sys.modules.setdefault("rfc3987_syntax", None)
         from nbclient.exceptions import DeadKernelError
         from papermill import PapermillExecutionError, execute_notebook
@@ -179,8 +179,8 @@ def _stop(number: int, frame: Any) -> None:
 def _kernel(cwd: Path) -> Iterator[Any]:
     """A kernel of this very interpreter, killed with all its processes on the way out.
 
-    It talks through sockets in a private folder: TCP ports that two starting kernels pick may collide. The folder is kept
-    short, since a socket's path holds about 100 characters.
+    It talks through sockets in a private folder: TCP ports that two starting kernels pick may collide. Its path
+    is kept short, since a socket's holds about 100 characters.
     """
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpecManager

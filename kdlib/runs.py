@@ -192,7 +192,7 @@ def table(profile: str) -> pd.DataFrame:
         if run is None:
             missing.append(f"{entry['label']} ({entry['id']})")
         else:
-            rows.append({"id": run.id, "kind": run.kind, "label": entry["label"], **run.settings["parameters"], "run": run})
+            rows.append({**run.settings["parameters"], "id": run.id, "kind": run.kind, "label": entry["label"], "run": run})
     if missing:
         raise KdlibError(
             f"Profile {profile!r} lacks {len(missing)} of {len(missing) + len(rows)} planned runs: {', '.join(missing[:8])}"

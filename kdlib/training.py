@@ -75,7 +75,7 @@ class DistillationTrainer(Trainer):
         teacher: model in the loop (objective online_kd), or None. It is never trained and runs without dropout.
         kd_weight, temperature: of the loss; 0 without targets or teacher.
         multipliers: regular expression on parameter names -> learning-rate multiplier; the first match wins, 0 freezes.
-        validation, validation_index: measured a few times along the way.
+        validation, validation_index: measured a few times along the way; a short run measures only the first rows.
 
     Raises:
         KdlibError: nothing to train on, a teacher that shares parameters with the model, a multiplier that matches no
@@ -106,10 +106,13 @@ class DistillationTrainer(Trainer):
         self.kd_weight, self.temperature, self.teacher = kd_weight, temperature, teacher
         self.multipliers = multipliers or {}
         self.autocast = models.precision(settings.precision)
-        self.validation = (validation, validation_index)
         self.log_path = folder / "log.csv"
         self.steps = steps(settings, len(index))
         every = max(1, math.ceil(self.steps / CHECKPOINTS))
+        if validation is not None:
+            # A short run must not spend its time validating: eight times one fortieth of the rows it trains on, at most.
+            validation_index = validation_index[: max(1, self.steps * settings.batch_size // 40)]
+        self.validation = (validation, validation_index)
         arguments = TrainingArguments(
             output_dir=str(folder / "checkpoints"),
             max_steps=self.steps,

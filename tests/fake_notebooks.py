@@ -7,10 +7,16 @@ from pathlib import Path
 def write(path: Path, *sources: str, **metadata) -> Path:
     """A notebook of code cells, the first tagged ``parameters``."""
     cells = [
-        {"cell_type": "code", "id": f"cell-{i}", "metadata": {"tags": ["parameters"]} if i == 0 else {}, "execution_count": None,
-         "outputs": [], "source": source.splitlines(keepends=True)}
+        {
+            "cell_type": "code",
+            "id": f"cell-{i}",
+            "metadata": {"tags": ["parameters"]} if i == 0 else {},
+            "execution_count": None,
+            "outputs": [],
+            "source": source.splitlines(keepends=True),
+        }
         for i, source in enumerate(sources)
-    ]  # fmt: skip
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}))
     return path

@@ -118,8 +118,8 @@ def test_an_unknown_notebook_is_refused():
 
 
 def test_a_notebooks_globals_are_checked_and_imports_ignored():
-    namespace = {**profiles.parameters("04_student", "smoke").model_dump(), "profiles": profiles, "f": len, "_i": "typed", "In": [""],
-                 "__name__": "__main__", "np": types.ModuleType("np")}  # fmt: skip
+    others = {"profiles": profiles, "np": types.ModuleType("np"), "f": len, "_i": "typed", "In": [""], "__name__": "a"}
+    namespace = profiles.parameters("04_student", "smoke").model_dump() | others
     assert profiles.from_notebook("04_student", namespace) == profiles.parameters("04_student", "smoke")
 
 

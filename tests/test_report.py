@@ -211,6 +211,16 @@ def test_a_difference_is_claimed_only_with_more_than_one_run(synthetic):
     assert f"{several['difference']:+.3f}" in several["sentence"]
 
 
+def test_where_b_is_the_better_one_the_sentence_says_so(synthetic):
+    models = comparison.models("smoke")
+    kd, ce = (models.run[models.method == f"{name} student"].tolist() for name in ("KD", "CE"))
+    pair = comparison.Pair("CE student", "KD student", ce, kd, False)
+    row = comparison.differences([pair], 500).query("split == 'test'").iloc[0]
+    assert row.verdict == "no" and row.low > 0
+    assert row.sentence.startswith("The KD student beats the CE student on test text")
+    assert f"difference {-row.difference:+.3f}" in row.sentence
+
+
 def test_the_best_member_is_chosen_on_validation_text(synthetic):
     models = comparison.models("smoke")
     ensemble = models[models.kind == "ensemble"].iloc[0]

@@ -122,5 +122,5 @@ def test_every_module_that_shapes_a_run_can_be_declared():
 @pytest.mark.parametrize("module", revisions.MODULES)
 def test_every_edit_of_the_project_is_declared(module):
     revisions.code_version.cache_clear()
-    told = f"Say what your edit of {module} was: python -m kdlib.revisions keep {module} (same results) or bump {module} (others)"
+    told = f"Say what your edit was: python -m kdlib.revisions keep {module} (same results) or bump {module} (others)"
     assert revisions.code_version(module).startswith("r"), told

@@ -81,8 +81,13 @@ def test_values_are_yaml():
         ]
     )
     assert found == {
-        "seed": 1, "objective": "kd", "seeds": [1, 2], "student": {"objective": "ce", "epochs": 0}, "compile": True, "learning_rate": 0.001,
-    }  # fmt: skip
+        "seed": 1,
+        "objective": "kd",
+        "seeds": [1, 2],
+        "student": {"objective": "ce", "epochs": 0},
+        "compile": True,
+        "learning_rate": 0.001,
+    }
 
 
 def test_a_number_as_people_write_it_is_a_number():
@@ -143,7 +148,9 @@ def test_a_notebook_runs_with_its_parameters_in_this_interpreter_at_the_reposito
     spec.write_text(json.dumps({"argv": ["/no/such/python"], "display_name": "other", "language": "python"}))
     report = (
         "import json, os, sys\nfrom ipykernel import get_connection_info\n"
-        "print(json.dumps([profile, resamples, os.getcwd(), sys.executable, os.environ.get('KDLIB_BATCH'), get_connection_info(unpack=True)['transport']]))"
+        "transport = get_connection_info(unpack=True)['transport']\n"
+        "batch = os.environ.get('KDLIB_BATCH')\n"
+        "print(json.dumps([profile, resamples, os.getcwd(), sys.executable, batch, transport]))"
     )
     fake_notebooks.write(
         tmp_path / "10_objectives.ipynb",
@@ -213,7 +220,10 @@ def test_a_stopped_runner_leaves_no_kernel_behind(tmp_path, home, stop):
 
 @pytest.mark.slow
 def test_bars_are_drawn_on_a_terminal_and_not_in_a_log(tmp_path):
-    work = "from kdlib.progress import bar\nimport time\nfor _ in bar(range(3), description='counting', mininterval=0):\n    time.sleep(0.2)"
+    work = (
+        "import time\nfrom kdlib.progress import bar\n"
+        "for _ in bar(range(3), description='counting', mininterval=0):\n    time.sleep(0.2)"
+    )
     path = fake_notebooks.write(tmp_path / "10_objectives.ipynb", ANALYSIS, work)
     assert "counting" not in ran(path).stderr
     ours, theirs = pty.openpty()

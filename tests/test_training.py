@@ -7,7 +7,6 @@ import math
 import os
 import re
 import shutil
-import signal
 
 import numpy as np
 import psutil
@@ -352,10 +351,17 @@ def test_whole_epochs_see_all_tokens_as_often_whatever_the_accumulation(tmp_path
 
 
 def test_the_log_has_a_row_a_step_with_its_losses_tokens_and_learning_rate(tmp_path, capsys):
+    minimised = []
+
+    class Watched(DistillationTrainer):
+        def log(self, logs, *arguments):
+            minimised.extend([logs["loss"]] if "loss" in logs else [])
+            super().log(logs, *arguments)
+
     split = make_split(documents=20)
     targets = cache_of(tmp_path / "targets", make_model(1), split)
     changes = {"epochs": 3, "gradient_accumulation": 2, "warmup": 0.25}
-    trainer = make_trainer(tmp_path, split=split, targets=targets, kd_weight=0.9, changes=changes)
+    trainer = make_trainer(tmp_path, split=split, targets=targets, kd_weight=0.9, changes=changes, kind=Watched)
     about = trainer.fit()
     text = trainer.log_path.read_text()
     assert tuple(text.splitlines()[0].split(",")) == training.LOG_COLUMNS
@@ -367,7 +373,8 @@ def test_the_log_has_a_row_a_step_with_its_losses_tokens_and_learning_rate(tmp_p
         values = np.float64([row[name] for row in rows])
         assert (np.diff(values) >= 0).all()
     total, warm = trainer.steps, round(0.25 * trainer.steps)
-    for row in taken:
+    for row, loss in zip(taken, minimised, strict=True):
+        assert float(row["loss"]) == pytest.approx(loss, rel=1e-5)
         assert float(row["loss"]) == pytest.approx(0.9 * float(row["kd"]) + 0.1 * float(row["ce"]), rel=1e-5)
         done = int(row["step"]) - 1
         cosine = 0.5 * (1 + math.cos(math.pi * (done - warm) / (total - warm)))
@@ -471,9 +478,11 @@ def test_a_run_interrupted_in_any_epoch_goes_on_to_the_same_weights_and_log(tmp_
 
 
 def test_a_run_that_had_finished_is_read_back_without_another_step(tmp_path):
-    changes = {"epochs": 3, "gradient_accumulation": 2, "learning_rate": 1e-2, "batch_size": 5}
+    # Ten steps, four an epoch: rows are left that one more step could take.
+    changes = {"epochs": 2.5, "gradient_accumulation": 2}
     trainer = make_trainer(tmp_path, changes=changes)
     about = trainer.fit()
+    assert about["steps"] == 10
     log = trainer.log_path.read_bytes()
     resumed, again = trained(tmp_path, make_model(5), changes=changes)
     assert same(resumed, weights(trainer.model))
@@ -571,10 +580,14 @@ def _train_and_die(folder, event):
 def test_a_trainer_killed_at_random_moments_ends_with_the_weights_and_log_of_one_that_was_not(tmp_path):
     cache_of(tmp_path / "targets", make_model(1), make_split(documents=20))
     assert exit_code(_train_and_die, tmp_path / "whole", 0) == 0
-    events = np.random.default_rng(0).integers(10, 80, 50)
-    codes = (exit_code(_train_and_die, tmp_path / "killed", event) for event in events)
-    kills = list(itertools.takewhile(lambda code: code == -signal.SIGKILL, codes))
-    assert 3 <= len(kills) < 50
+    kills, unfinished = 0, 0
+    for event in np.random.default_rng(0).integers(5, 40, 50):
+        if exit_code(_train_and_die, tmp_path / "killed", event) == 0:
+            break
+        kills += 1
+        found = (tmp_path / "killed" / "checkpoints").glob("checkpoint-*")
+        unfinished += any(not (checkpoint / "trainer_state.json").is_file() for checkpoint in found)
+    assert 3 <= kills < 50 and unfinished  # some fell into the saving of a checkpoint
     assert same(torch.load(tmp_path / "whole.pt"), torch.load(tmp_path / "killed.pt"))
     assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
     assert sorted(os.listdir(tmp_path / "killed")) == sorted(os.listdir(tmp_path / "whole"))
@@ -592,15 +605,14 @@ def tensors():
 def test_memory_is_returned_between_rounds_of_training_and_evaluation(tmp_path):
     def round_of(number):
         model = make_model(0, vocabulary=8_000)
-        trained(tmp_path / str(number), model, changes={"epochs": 0.5})
+        trained(tmp_path / str(number), model, changes={"epochs": 0.25}, validation=False)
         dense_log_probs(model, make_split(documents=2))
         return tensors(), psutil.Process().memory_info().rss
 
-    rounds = [round_of(number) for number in range(7)]
-    print(rounds)
+    rounds = [round_of(number) for number in range(5)]
     # A round holds weights, gradients and two moments of a megabyte each; a leak would keep some of them every time.
-    assert max(held for held, _ in rounds) - rounds[1][0] < 10**6
-    assert rounds[-1][1] - rounds[2][1] < 25 * 10**6
+    assert max(held for held, _ in rounds) - rounds[1][0] < 10**5
+    assert rounds[-1][1] - rounds[1][1] < 8 * 10**6
 
 
 def test_loading_the_same_data_twice_leaves_the_disk_as_it_was(tmp_path):

@@ -16,7 +16,7 @@ from kdlib.losses.reference import IGNORED
 from kdlib.losses.targets import DenseTargets, SparseTargets
 
 # Logits held at a time. On a CPU a chunk that fits the last-level cache is fastest; a GPU wants long rows of work.
-CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}
+CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**23}
 
 
 class LossParts(NamedTuple):

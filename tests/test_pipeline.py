@@ -1,0 +1,187 @@
+"""The smoke study from raw text to the PDF, through Snakemake and papermill: killed, resumed, called again, edited."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fake_notebooks
+import pytest
+
+from kdlib import notebooks, plan, report, runs
+from kdlib.profiles import REPOSITORY, available
+
+# What a run measures about the machine, not about the model.
+MEASURED = {"cost", "seconds", "tokens_per_second", "peak_memory_bytes", "peak_device_bytes"}
+
+
+def snakemake(home: Path, *arguments: str, profile: str = "smoke", **options) -> subprocess.Popen:
+    """Snakemake as ``make paper`` calls it, with results and notebooks under ``home``."""
+    command = [sys.executable, "-m", "snakemake", "--config", f"profile={profile}", *arguments]
+    environment = {**os.environ, "KDLIB_HOME": str(home)}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, **streams, **options)
+
+
+def finished(process: subprocess.Popen) -> str:
+    """The output of a command that succeeds."""
+    out, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, out
+    return out
+
+
+def jobs(home: Path, *arguments: str) -> set[str]:
+    """Rules that a call would run now."""
+    out = finished(snakemake(home, "--dry-run", "--quiet", "rules", *arguments))
+    if "Nothing to be done" in out:
+        return set()
+    table = out.split("Job stats:")[1].split("total")[0]
+    return {line.split()[0] for line in table.splitlines()[3:] if line.strip()} - {"all"}
+
+
+def files(home: Path) -> dict[str, int]:
+    """Everything a study has written, with the time it was written."""
+    folders = [home / "results", home / "figures", home / "paper"]
+    return {str(path.relative_to(home)): path.stat().st_mtime_ns for folder in folders for path in folder.rglob("*")}
+
+
+def what_was_learned(metrics):
+    """Metrics without what the machine's speed decides."""
+    if isinstance(metrics, dict):
+        return {name: what_was_learned(value) for name, value in metrics.items() if name not in MEASURED}
+    return [what_was_learned(value) for value in metrics] if isinstance(metrics, list) else metrics
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A smoke study, killed while it trained a student, then resumed: (home, what was finished, what was in work)."""
+    home = tmp_path_factory.mktemp("study")
+    shutil.copytree(REPOSITORY / "notebooks", home / "notebooks")
+    results = home / "results" / "smoke"
+    first = snakemake(home, start_new_session=True)
+    deadline = time.monotonic() + 600
+    while not list((results / "work").glob("student-*/*")) or len(list((results / "runs").glob("*/metrics.json"))) < 3:
+        assert first.poll() is None and time.monotonic() < deadline, first.communicate()[0]
+        time.sleep(0.05)
+    time.sleep(random.uniform(0, 1.5))
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    time.sleep(2)  # the kernel notices within a second that its runner is gone
+    done = {path: path.stat().st_mtime_ns for path in (results / "runs").glob("*/metrics.json")}
+    cut = {path.name for path in (results / "work").iterdir()}
+    finished(snakemake(home))
+    return home, done, cut
+
+
+@pytest.mark.slow
+def test_a_killed_study_is_finished_when_it_is_called_again(study, monkeypatch):
+    home, done, _ = study
+    monkeypatch.setenv("KDLIB_HOME", str(home))
+    planned = [step.id for step in plan.study("smoke")]
+    assert sorted(path.name for path in (home / "results" / "smoke" / "runs").iterdir()) == sorted(planned)
+    assert list((home / "results" / "smoke" / "work").iterdir()) == []
+    assert (home / "paper" / "kdlib-smoke.pdf").read_bytes().startswith(b"%PDF")
+    assert {path.stem for path in (home / "results" / "smoke" / "numbers").iterdir()} == set(report.ANALYSES)
+    assert {path: path.stat().st_mtime_ns for path in done} == done, "a finished run was made again"
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_ends_with_the_numbers_of_one_that_was_not(study, tmp_path, monkeypatch):
+    home, done, cut = study
+    monkeypatch.setenv("KDLIB_HOME", str(home))
+    (step,) = [step for step in plan.study("smoke") if step.id in cut] or [
+        next(step for step in plan.study("smoke") if step.kind == "student" and step.parameters.epochs)
+    ]
+    resumed = step.run().metrics
+    upstream = tmp_path / "results" / "smoke" / "runs"
+    for needed in step.inputs.values():
+        shutil.copytree(needed.run().path, upstream / needed.id)
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
+    words = plan.command(step).replace("python", sys.executable, 1)
+    subprocess.run(words, shell=True, cwd=REPOSITORY, check=True, capture_output=True)
+    assert what_was_learned(step.run().metrics) == what_was_learned(resumed)
+    monkeypatch.undo()
+
+
+@pytest.mark.slow
+def test_a_second_call_does_nothing(study):
+    home, _, _ = study
+    before = files(home)
+    assert "Nothing to be done" in finished(snakemake(home))
+    assert files(home) == before
+
+
+@pytest.mark.slow
+def test_only_an_edit_of_a_notebooks_code_reruns_it_and_the_paper(study):
+    home, _, _ = study
+    path = home / "notebooks" / "12_methods.ipynb"
+    shipped = path.read_bytes()
+    fake_notebooks.save_as_jupyter_does(path)
+    assert jobs(home) == set()
+    notebook = json.loads(path.read_text())
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    code[-1]["source"] += "\n1 + 1"
+    path.write_text(json.dumps(notebook))
+    assert jobs(home) == {"analysis_12_methods", "paper"}
+    path.write_bytes(shipped)
+    assert jobs(home) == set()
+
+
+@pytest.mark.slow
+def test_a_deleted_file_is_made_again_with_what_was_made_from_it(study):
+    home, _, _ = study
+    table = home / "results" / "smoke" / "methods.csv"
+    kept = table.rename(table.with_suffix(".kept"))
+    assert jobs(home) == {"analysis_12_methods", "paper"}
+    kept.rename(table)
+    student = next((home / "results" / "smoke" / "runs").glob("student-*"))
+    kept = student.rename(home / student.name)
+    # Not the ensembles it is a member of: the same id means the same numbers.
+    assert jobs(home) == {"run", "paper"} | {f"analysis_{name}" for name in report.ANALYSES}
+    kept.rename(student)
+    assert jobs(home) == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("profile", available())
+def test_every_profile_is_planned_without_network_or_results(profile, tmp_path, monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("KDLIB_CACHE", str(tmp_path / "cache"))
+    out = finished(snakemake(tmp_path, "--dry-run", profile=profile))
+    assert f"total                   {len(plan.study(profile)) + len(report.ANALYSES) + 2:8d}" in out
+    assert not (tmp_path / "results").exists() or list((tmp_path / "results").rglob("*.json")) == []
+
+
+@pytest.mark.slow
+def test_the_slurm_profile_asks_for_a_gpu_and_its_cores(tmp_path):
+    # The executor is a plug-in of its own; the other settings are read here. Without messages Snakemake shows them.
+    verbose = tmp_path / "Snakefile"
+    lines = (REPOSITORY / "Snakefile").read_text().splitlines(keepends=True)
+    verbose.write_text("".join(line for line in lines if not line.strip().startswith("message:")))
+    arguments = ["--snakefile", str(verbose), "--workflow-profile", "profiles/slurm", "--executor", "local"]
+    out = finished(snakemake(tmp_path, *arguments, "--cores", "64", "--dry-run"))
+    blocks = [block for block in out.split("\nrule ") if "resources:" in block]
+    made = [block for block in blocks if block.startswith("run:")]
+    assert len(made) == len(plan.study("smoke"))
+    assert all("gres=gpu:1" in block and "threads: 16" in block and "runtime=720" in block for block in made)
+    assert not any("gres" in block or "threads" in block for block in blocks if block.startswith("analysis"))
+
+
+@pytest.mark.slow
+def test_an_unknown_profile_is_one_paragraph_and_no_success(tmp_path):
+    process = snakemake(tmp_path, profile="quik")
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "Unknown profile 'quik'. Expected one of" in out and "Traceback" not in out
+
+
+def test_the_notebooks_of_the_results_folder_come_first(tmp_path, monkeypatch):
+    mine = fake_notebooks.write(tmp_path / "notebooks" / "12_methods.ipynb", "resamples = 1000")
+    monkeypatch.chdir(tmp_path)
+    assert notebooks.find("notebooks/12_methods.ipynb") == mine.resolve()
+    assert runs.home() == REPOSITORY

@@ -1,0 +1,181 @@
+"""The repository agrees with itself: locks, notebooks, imports, licence."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from kdlib import notebooks, profiles, report
+from kdlib.profiles import NOTEBOOKS, REPOSITORY
+
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+SHIPPED = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
+# Left never imports right; modules of one floor may.
+FLOORS = (
+    ("errors",),
+    ("profiles",),
+    ("sources", "revisions", "notebooks"),
+    ("runs", "progress", "statistics"),
+    ("readers", "documents", "corpus", "vocabulary", "models"),
+    ("losses", "cache", "training", "ensemble", "evaluation"),
+    ("comparison", "accounts", "figures", "report", "plan"),
+    ("producers", "paper", "run"),
+)
+
+
+def pins(name: str) -> dict[str, str]:
+    text = (REPOSITORY / name).read_text()
+    return {
+        canonicalize_name(package): version for package, version in re.findall(r"^([\w.-]+)==([^\s;]+)", text, re.M)
+    }
+
+
+def requirements() -> list[Requirement]:
+    extras = PROJECT["optional-dependencies"]
+    return [Requirement(text) for text in [*PROJECT["dependencies"], *extras["test"], *extras["lab"], *extras["build"]]]
+
+
+def test_the_locks_hold_what_the_project_asks_for():
+    locked = pins("requirements.lock") | pins("torch.lock")
+    for wanted in requirements():
+        assert wanted.specifier.contains(locked[canonicalize_name(wanted.name)]), f"{wanted}: run make lock"
+
+
+def test_every_locked_file_has_a_hash():
+    blocks = re.split(r"\n(?=\S)", (REPOSITORY / "requirements.lock").read_text())
+    packages = [block for block in blocks if not block.startswith("#")]
+    assert len(packages) > 100
+    assert [block for block in packages if "--hash=sha256:" not in block] == []
+
+
+def test_what_differs_between_processor_and_gpu_is_left_to_the_torch_lock():
+    assert set(pins("torch.lock")) == {"torch"}
+    assert [name for name in pins("requirements.lock") if re.match(r"torch$|triton|nvidia-|cuda-", name)] == []
+
+
+def test_the_conda_environment_has_the_versions_of_the_locks():
+    environment = yaml.safe_load((REPOSITORY / "environment.yml").read_text())
+    (pip,) = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
+    listed = {Requirement(text).name: str(Requirement(text).specifier) for text in pip if not text.startswith("--")}
+    locked = pins("requirements.lock") | pins("torch.lock")
+    build = {Requirement(text).name for text in PROJECT["optional-dependencies"]["build"]}
+    wanted = {one.name: f"=={locked[canonicalize_name(one.name)]}" for one in requirements() if one.name not in build}
+    assert listed == wanted, "run make lock; a new dependency is first named in environment.yml"
+    assert "--editable ." in pip
+    assert f"python{PROJECT['requires-python']}" in environment["dependencies"]
+
+
+def test_makefile_and_project_accept_the_same_pythons():
+    makefile = (REPOSITORY / "Makefile").read_text()
+    assert "(3, 11) <= v <= (3, 13)" in makefile and PROJECT["requires-python"] == ">=3.11,<3.14"
+
+
+def test_the_package_list_names_every_folder_with_modules():
+    listed = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent.relative_to(REPOSITORY) for path in (REPOSITORY / "kdlib").rglob("*.py")}
+    assert set(listed) == {".".join(folder.parts) for folder in folders}
+
+
+def test_licence_and_citation_agree_with_the_project():
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert (citation["license"], citation["version"]) == (PROJECT["license"], PROJECT["version"])
+    assert (
+        "Apache License\n                           Version 2.0, January 2004" in (REPOSITORY / "LICENSE").read_text()
+    )
+
+
+def test_the_notebooks_are_those_of_the_project():
+    assert {path.stem for path in SHIPPED} == set(NOTEBOOKS)
+    assert set(report.ANALYSES) == {name for name in NOTEBOOKS if name >= "10"}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_notebook_is_stripped_short_and_starts_with_the_smoke_profile(path):
+    notebook = json.loads(path.read_text())
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code), "clear all outputs"
+    assert all(set(cell["metadata"]) <= {"tags"} for cell in notebook["cells"])
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    assert len(notebook["cells"]) <= 27
+    assert sum(len("".join(cell["source"]).splitlines()) for cell in code) <= 150
+    assert notebook["cells"][0]["cell_type"] == "markdown" and "".join(notebook["cells"][0]["source"]).startswith("# ")
+    nodes = [node for cell in code for node in ast.walk(ast.parse("".join(cell["source"])))]
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    assert [node.name for node in functions if node.end_lineno - node.lineno + 1 > 10] == []
+    defaults = profiles.parameters(path.stem, "smoke").model_dump(mode="json")
+    assert notebooks.declared(path) == defaults
+
+
+def imported(module: str) -> set[str]:
+    """Modules of the package that ``module`` (or a module of the package ``module``) imports anywhere."""
+    path = REPOSITORY / "kdlib" / module
+    files = path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]
+    found = set()
+    for node in (node for file in files for node in ast.walk(ast.parse(file.read_text()))):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names if name.name.startswith("kdlib.")}
+        elif isinstance(node, ast.ImportFrom) and node.module == "kdlib":
+            found |= {f"kdlib.{name.name}" for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kdlib."):
+            found.add(node.module)
+    return {name.split(".")[1] for name in found} - {module}
+
+
+def test_every_module_has_a_floor():
+    inside = (REPOSITORY / "kdlib").iterdir()
+    modules = {path.stem for path in inside if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert modules - {"__init__"} == {module for floor in FLOORS for module in floor}
+
+
+@pytest.mark.parametrize("floor", range(len(FLOORS)))
+def test_imports_run_one_way(floor):
+    below = {module for modules in FLOORS[: floor + 1] for module in modules}
+    assert {module: imported(module) - below for module in FLOORS[floor]} == {module: set() for module in FLOORS[floor]}
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        ("statistics", "comparison", "accounts", "figures", "report", "paper"),
+        ("profiles", "runs", "plan", "sources", "revisions", "notebooks", "run"),
+    ],
+    ids=["reading results", "planning and running"],
+)
+def test_reading_results_planning_and_running_import_no_torch(modules):
+    code = f"import sys\nfrom kdlib import {', '.join(modules)}\n"
+    code += "print(sorted({'torch', 'transformers', 'papermill'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def tracked() -> list[str]:
+    listed = subprocess.run(["git", "-C", str(REPOSITORY), "ls-files"], capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return listed.stdout.splitlines()
+
+
+def test_no_file_knows_the_machine_it_was_written_on():
+    # The path of this checkout, home folders, and temporary ones with a name.
+    private = re.compile(rf"{re.escape(str(REPOSITORY))}/|/home/\w|/root/|/Users/\w|/tmp/\w".encode())
+    found = {}
+    for name in tracked():
+        path = REPOSITORY / name
+        if path.is_file() and path.suffix not in {".parquet", ".npz", ".png", ".pdf"}:  # compressed: hits are chance
+            found[name] = private.findall(path.read_bytes())
+    found.pop("tests/test_project.py", None)  # holds the pattern
+    assert {name: hits for name, hits in found.items() if hits} == {}
+
+
+def test_what_a_run_leaves_that_is_large_is_not_tracked():
+    heavy = re.compile(
+        r"^results/[^/]+/(runs/[^/]+/(model|data|targets)|work|executed)/|^results/(smoke|quick)/|\.safetensors$"
+    )
+    assert [name for name in tracked() if heavy.search(name)] == []
