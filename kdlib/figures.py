@@ -74,15 +74,15 @@ def label_points(axis: Axes, names: list[str], x: list[float], y: list[float], i
 
 
 def learning_curve(run: runs.Run) -> None:
-    """One run's training and validation loss against the tokens seen; nothing for a model that was not trained."""
+    """One run's training and validation NLL against the tokens seen; nothing for a model that was not trained."""
     if not (run.path / "log.csv").is_file():
         return
     log = pd.read_csv(run.path / "log.csv")
     log, validation = log.dropna(subset="loss"), log.dropna(subset="validation_nll")
     _, axis = plt.subplots(figsize=(0.6 * WIDTH, 2.4))
-    axis.plot(log.tokens, log.loss, color="#bbbbbb", linewidth=0.7)
+    axis.plot(log.tokens, log.ce, color="#bbbbbb", linewidth=0.7)
     axis.plot(validation.tokens, validation.validation_nll, color=COLOURS["CE"])
-    ends = {"training loss": log.loss.iloc[-1]} | (
+    ends = {"training NLL": log.ce.iloc[-1]} | (
         {"validation NLL": validation.validation_nll.iloc[-1]} if len(validation) else {}
     )
     label_points(axis, list(ends), [log.tokens.iloc[-1]] * len(ends), list(ends.values()))

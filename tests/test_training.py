@@ -141,11 +141,11 @@ def test_every_row_comes_once_an_epoch_in_another_order_each_time(tmp_path):
             return super().compute_loss(model, inputs, **options)
 
     split = make_split(documents=20)
-    rows = len(pack(split.windows(BLOCK), BLOCK))
-    trained(tmp_path, split=split, validation=False, kind=Watched, changes={"epochs": 2, "batch_size": rows})
+    index = pack(split.windows(BLOCK), BLOCK)
+    trained(tmp_path, split=split, validation=False, kind=Watched, changes={"epochs": 2, "batch_size": len(index)})
     first, second = ([tuple(row) for row in batch.tolist()] for batch in seen)
     assert len(seen) == 2 and first != second and sorted(first) == sorted(second)
-    assert sorted(first) == sorted(map(tuple, Collator(split)(list(pack(split.windows(BLOCK), BLOCK)))["input_ids"].tolist()))
+    assert sorted(first) == sorted(tuple(row) for row in Collator(split)(list(index))["input_ids"].tolist())
 
 
 # The objective
@@ -566,7 +566,6 @@ def test_a_gradient_that_is_not_finite_never_becomes_a_checkpoint(tmp_path):
 
 
 def _train_and_die(folder, event):
-    torch.set_num_threads(1)
     split = make_split(documents=20)
     targets = TargetCache(folder.parent / "targets", {}, 1.0)
     if event:

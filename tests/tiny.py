@@ -1,4 +1,4 @@
-"""What the tests of targets and training share: tiny models and splits, and processes that are killed at a chosen moment."""
+"""What the tests of targets and training share: tiny models and splits, and processes killed at a chosen moment."""
 
 import itertools
 import multiprocessing
@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from kdlib.corpus import Split
 
 VOCABULARY, BLOCK = 29, 16
+# Models this small gain nothing from threads, which on a busy machine wait for one another at every operation.
+torch.set_num_threads(1)
 
 
 def make_model(seed, dropout=0.0, scale=0.4, layers=1, vocabulary=VOCABULARY):
@@ -61,9 +63,11 @@ def contents(folder):
 
 def exit_code(function, *arguments):
     """Exit code of a process of its own that calls ``function``; -9 if it was killed."""
-    # A server that has imported everything once forks in milliseconds; forking this process, with its threads, could hang.
+    # A server that has imported everything once forks in milliseconds; this one, with its threads, could not safely.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kdlib.training", "transformers.models.llama.modeling_llama", "scipy.stats", "pytest"])
+    context.set_forkserver_preload(
+        ["kdlib.training", "transformers.models.llama.modeling_llama", "scipy.stats", "pytest"]
+    )
     process = context.Process(target=function, args=arguments)
     process.start()
     process.join()

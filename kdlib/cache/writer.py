@@ -198,7 +198,7 @@ def _arrange(positions: np.ndarray, parts: list[dict], kind: str, first: int, la
         empty = -np.inf if key.startswith("log_") else 0
         arrays[key] = np.full((last - first, *values.shape[1:]), empty, values.dtype)
         arrays[key][rows] = values[order]
-    distinct = len(arrays["ids"]) if kind == "sampled" else arrays["ids"].size
+    distinct = len(arrays["ids"]) if kind == "sampled" else joined["ids"].size
     return arrays, {"tokens": len(positions), "distinct": int(distinct), "entropy": float(entropy), "nll": float(nll)}
 
 
