@@ -75,7 +75,7 @@ class DistillationTrainer(Trainer):
         teacher: model in the loop (objective online_kd), or None. It is never trained and runs without dropout.
         kd_weight, temperature: of the loss; 0 without targets or teacher.
         multipliers: regular expression on parameter names -> learning-rate multiplier; the first match wins, 0 freezes.
-        validation, validation_index: measured a few times along the way; a short run measures only the first rows.
+        validation, validation_index: measured a few times along the way; a short run measures only every n-th row.
 
     Raises:
         KdlibError: nothing to train on, a teacher that shares parameters with the model, a multiplier that matches no
@@ -111,7 +111,8 @@ class DistillationTrainer(Trainer):
         every = max(1, math.ceil(self.steps / CHECKPOINTS))
         if validation is not None:
             # A short run must not spend its time validating: eight times one fortieth of the rows it trains on, at most.
-            validation_index = validation_index[: max(1, self.steps * settings.batch_size // 40)]
+            most = max(1, self.steps * settings.batch_size // 40)
+            validation_index = validation_index[:: max(1, -(-len(validation_index) // most))]
         self.validation = (validation, validation_index)
         arguments = TrainingArguments(
             output_dir=str(folder / "checkpoints"),
