@@ -139,9 +139,12 @@ def _locked(work: Path):
 
 def provenance(started: float) -> dict:
     """Where, when and with what a run was made: for the reader, not for the id."""
+    commit = _git("rev-parse", "HEAD") or None
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", "kdlib", "notebooks", "profiles")
     return {
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "kdlib", "notebooks", "profiles")),
+        "commit": commit,
+        # A copy without its history can say neither.
+        "dirty": None if commit is None else bool(changed),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "seconds": round(time.time() - started, 1),
         "python": platform.python_version(),

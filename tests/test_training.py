@@ -45,11 +45,13 @@ def settings(**changes):
 
 def make_trainer(folder, model=None, split=None, validation=True, changes=None, kind=DistillationTrainer, **options):
     split = split or make_split(documents=20)
-    if validation:
+    if validation is True:
         held_out = make_split("validation", seed=1, documents=4)
-        options |= {"validation": held_out, "validation_index": pack(held_out.windows(BLOCK), BLOCK)}
+        options |= {"validation_index": pack(held_out.windows(BLOCK), BLOCK)}
+        validation = held_out
     model = make_model(0) if model is None else model
-    return kind(model, settings(**changes or {}), split, pack(split.windows(BLOCK), BLOCK), folder, **options)
+    rows = pack(split.windows(BLOCK), BLOCK)
+    return kind(model, settings(**changes or {}), split, rows, folder, validation=validation or None, **options)
 
 
 def loose(split):
@@ -256,11 +258,21 @@ def test_measuring_the_validation_loss_changes_nothing(tmp_path):
     watched, trainer = trained(tmp_path / "watched", model)
     alone, _ = trained(tmp_path / "alone", make_model(0, dropout=0.3), validation=False)
     assert same(watched, alone)
-    held_out = trainer.validation[0]
-    where = predicting(held_out)
+    held_out, index = trainer.validation
+    where = index[index >= 0]
     log_s = dense_log_probs(model.eval(), held_out)[where]
     nll = -log_s.gather(1, torch.from_numpy(held_out.tokens[where + 1].astype(np.int64))[:, None]).mean()
     assert float(column(trainer, "validation_nll")[-1]) == pytest.approx(nll.item(), rel=1e-5)
+
+
+def test_a_short_run_measures_part_of_the_validation_rows_and_a_long_one_all(tmp_path):
+    held_out = make_split("validation", seed=1, documents=20)
+    rows = pack(held_out.windows(BLOCK), BLOCK)
+    # 7 steps of 4 rows an epoch: a fortieth of 4, of 140 and of far too many rows.
+    for epochs, most in ((0.1, 1), (5, 3), (400, len(rows))):
+        trainer = make_trainer(tmp_path, validation=held_out, validation_index=rows, changes={"epochs": epochs})
+        assert np.array_equal(trainer.validation[1], rows[:: math.ceil(len(rows) / most)])
+        assert 1 <= len(trainer.validation[1]) <= most
 
 
 # Learning rates and decay
