@@ -1,6 +1,6 @@
 """Speed and memory of training, reading and writing, as ratios of two things timed alternately in one run.
 
-    python benchmarks/steps.py              # writes benchmarks/steps.csv
+    python benchmarks/steps.py              # updates benchmarks/results.csv
 
 Nothing is downloaded: students have the shape of the quick profile, the teacher that of SmolLM2-135M on a vocabulary of
 8 192, and text is random tokens. Every figure is the median over rounds; the two sides of a ratio take turns.
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from record import record
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -224,17 +225,16 @@ def peak_memory(function) -> int:
 def row(what: str, measured: float, target: str, detail: str) -> dict:
     """One line of the results table."""
     print(f"{what}: {measured:.3g} (target {target or 'none'}; {detail})", flush=True)
-    return {"what": what, "target": target, "measured": round(measured, 4), "unit": "ratio", "detail": detail, "device": runs.device()}
+    return {"what": what, "target": target, "measured": f"{measured:.3g}", "unit": "×", "detail": detail, "device": runs.device()}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".csv"))
     options = parser.parse_args()
     DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     AUTOCAST = models.precision("auto")
     tokens = 40_000 if DEVICE == "cuda" else 6_000
     found = student_step(split(20_000), options.rounds) + kd_step(split(tokens), options.rounds) + writing(split(tokens), 2)
     found += loss_memory(4096, 8192) + loss_memory(8192, 49152)
-    pd.DataFrame(found).to_csv(options.output, index=False)
+    record(found)

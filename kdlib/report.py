@@ -291,5 +291,5 @@ def _benchmarks(path: Path) -> str:
         return "Not measured yet: `benchmarks/results.csv` is missing."
     with open(path, newline="", encoding="utf-8") as file:
         measured = list(csv.DictReader(file))
-    body = [[row["what"], row["target"], f"{row['measured']} {row['unit']}".strip(), row["device"]] for row in measured]
+    body = [[row["what"], row["target"], f"{row['measured']} {row['unit']} ({row['detail']})", row["device"]] for row in measured]
     return markdown_table(["What", "Target", "Measured", "Device"], body)

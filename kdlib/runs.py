@@ -160,7 +160,9 @@ def device() -> str:
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{_processor()}, {torch.get_num_threads()} threads"
+    # The one unit that changes speeds by a factor; torch's check is private and may go.
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return f"{_processor()}{' with AMX' if amx else ''}, {torch.get_num_threads()} threads"
 
 
 def _processor() -> str:
