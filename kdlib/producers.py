@@ -28,8 +28,11 @@ SPLITS = ("validation", "calibration", "test", "ood")
 
 
 def make(step: Step) -> runs.Run:
-    """The run that ``step`` describes, made now unless it exists. Its inputs must exist (the error names the command)."""
-    inputs = {name: upstream.run() for name, upstream in step.inputs.items()}
+    """The run that ``step`` describes; it, and whatever it reads, is made now unless it exists."""
+    if found := runs.find(step.parameters.profile, step.id):
+        return found
+    inputs = {name: make(upstream) for name, upstream in step.inputs.items()}
+    print(f"making {step.label} ({step.id})", flush=True)
 
     def produce(folder: Path) -> dict:
         started = time.perf_counter()
@@ -123,14 +126,13 @@ def _unpruned(model, tokenizer, precision: str, corpus_run: runs.Run) -> dict:
 def _targets(step: Step, inputs: dict, folder: Path) -> dict:
     values = step.parameters
     split = corpus.load_split(inputs["corpus"].path / "data", "train")
-    model, tokenizer = load_model(inputs["teacher"]), load_tokenizer(inputs["corpus"])
+    model = load_model(inputs["teacher"])
     block_length = _block_length(inputs["corpus"])
     metrics = write_targets(
         folder / "targets", model, split, target_guard(inputs["corpus"], split, inputs["teacher"].id),
         values.kind, values.draws if values.kind == "sampled" else values.top_k, values.temperature, values.seed,
         block_length, batch_rows=8 if model.device.type == "cpu" else 64, autocast=models.precision(values.precision),
     )
-    assert len(tokenizer) == models.head(model)[0].shape[0]
     return metrics | {"flops": models.flops_per_token(model, block_length) * metrics["tokens"]}
 
 
@@ -199,6 +201,9 @@ def _store(folder: Path, evaluation: Evaluation) -> dict:
 
 
 def _save(model, tokenizer, folder: Path, step: Step, metrics: dict) -> None:
+    # What an attempt that was killed after its training left behind.
+    for rest in [folder / "model", *folder.glob(".model.*")]:
+        shutil.rmtree(rest, ignore_errors=True)
     shown = {name: metrics["evaluation"][name] for name in ("test", "ood")}
     models.save(model, tokenizer, folder / "model", {"run": step.id, "settings": step.settings, "evaluation": shown})
 

@@ -33,6 +33,7 @@ LOG_COLUMNS = (
     "validation_nll", "validation_seconds", "validation_memory_bytes",
 )
 CHECKPOINTS = 8  # a run is saved, and its validation loss measured, this many times
+LARGE, LARGE_CHECKPOINTS = 5e7, 2  # parameters from which writing a checkpoint costs more than it is likely to save
 
 
 class Rows(torch.utils.data.Dataset):
@@ -130,7 +131,7 @@ class DistillationTrainer(Trainer):
             logging_nan_inf_filter=False,
             eval_strategy="steps" if validation is not None else "no",
             eval_steps=every,
-            save_steps=every,
+            save_steps=every if models.parameters_by_component(model)["total"] < LARGE else math.ceil(self.steps / LARGE_CHECKPOINTS),
             # Two, because a process killed while it saves leaves the newest one unusable.
             save_total_limit=2,
             remove_unused_columns=False,
