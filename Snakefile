@@ -17,6 +17,8 @@ from kdlib.profiles import load
 from kdlib.revisions import code_hash
 
 PROFILE = str(config.get("profile", "quick"))
+if PROFILE.endswith((".yaml", ".yml")):
+    PROFILE = str(Path(PROFILE).resolve())  # jobs run elsewhere
 try:
     STUDY = {step.id: step for step in plan.study(PROFILE)}
 except KdlibError as error:

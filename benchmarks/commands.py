@@ -1,6 +1,6 @@
 """How long a newcomer's commands take, and how much memory: on a fresh clone, with nothing downloaded.
 
-    python benchmarks/commands.py           # about three quarters of an hour; updates benchmarks/results.csv
+python benchmarks/commands.py           # about three quarters of an hour; updates benchmarks/results.csv
 """
 
 import os
@@ -38,6 +38,13 @@ if __name__ == "__main__":
         for what, command, target in COMMANDS:
             seconds, memory = timed(command, clone, environment)
             detail = f"largest process so far {memory / 2**30:.1f} GiB"
-            row = {"what": what, "target": target, "measured": round(seconds), "unit": "s", "detail": detail, "device": runs.device()}
+            row = {
+                "what": what,
+                "target": target,
+                "measured": round(seconds),
+                "unit": "s",
+                "detail": detail,
+                "device": runs.device(),
+            }
             print(row, flush=True)
             record([row])

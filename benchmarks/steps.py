@@ -38,12 +38,21 @@ def split(tokens: int, seed: int = 0) -> corpus.Split:
     return corpus.Split("train", table, rng.integers(1, VOCABULARY, offsets[-1]).astype(np.int32), offsets, 0)
 
 
-def llama(layers: int, hidden: int, heads: int, kv_heads: int, intermediate: int, vocabulary: int = VOCABULARY, seed: int = 0):
+def llama(
+    layers: int, hidden: int, heads: int, kv_heads: int, intermediate: int, vocabulary: int = VOCABULARY, seed: int = 0
+):
     """A randomly initialised Llama with tied embeddings."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        intermediate_size=intermediate, max_position_embeddings=LENGTH, tie_word_embeddings=True, attn_implementation="eager",
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=intermediate,
+        max_position_embeddings=LENGTH,
+        tie_word_embeddings=True,
+        attn_implementation="eager",
     )
     return LlamaForCausalLM(config).to(DEVICE)
 
@@ -62,14 +71,14 @@ def alternate(rounds: int, *sides) -> list[float]:
     """Median seconds of each function, called in turns after two warm-up rounds."""
     times: list[list[float]] = [[] for _ in sides]
     for turn in range(rounds + 2):
-        for side, record in zip(sides, times, strict=True):
+        for side, seconds in zip(sides, times, strict=True):
             synchronise()
             started = time.perf_counter()
             side()
             synchronise()
             if turn >= 2:
-                record.append(time.perf_counter() - started)
-    return [statistics.median(record) for record in times]
+                seconds.append(time.perf_counter() - started)
+    return [statistics.median(seconds) for seconds in times]
 
 
 def synchronise() -> None:
@@ -93,7 +102,9 @@ class Step:
         mask = models.attention_mask(self.batch["segments"], torch.float32)
         with torch.autocast(DEVICE, dtype=AUTOCAST, enabled=AUTOCAST is not None):
             return body(
-                input_ids=self.batch["input_ids"], position_ids=self.batch["position_ids"], attention_mask=mask,
+                input_ids=self.batch["input_ids"],
+                position_ids=self.batch["position_ids"],
+                attention_mask=mask,
             ).last_hidden_state.flatten(0, 1)
 
     def __call__(self):
@@ -108,7 +119,11 @@ class Step:
                 with torch.no_grad():
                     targets = DenseTargets(self.hidden(models.body(self.teacher)), *models.head(self.teacher))
             loss = linear_distillation_loss(
-                self.hidden(self.body), *models.head(self.model), labels, targets if self.kd_weight else None, self.kd_weight,
+                self.hidden(self.body),
+                *models.head(self.model),
+                labels,
+                targets if self.kd_weight else None,
+                self.kd_weight,
                 matmul_dtype=AUTOCAST,
             ).loss
         loss.backward()
@@ -119,7 +134,7 @@ class Step:
 def batches(data: corpus.Split, rows: int, targets: TargetCache | None = None) -> dict:
     """One batch of full rows, on the device."""
     windows = data.windows(LENGTH)
-    index = corpus.pack(windows[windows[:, 1] == LENGTH][: rows], LENGTH)
+    index = corpus.pack(windows[windows[:, 1] == LENGTH][:rows], LENGTH)
     batch = Collator(data, targets)(list(index))
     return {name: value.to(torch.device(DEVICE)) for name, value in batch.items()}
 
@@ -131,8 +146,18 @@ def student_step(data: corpus.Split, rounds: int) -> list[dict]:
     a, b, c = alternate(rounds, ours, eager, plain)
     tokens = int((batch["labels"] >= 0).sum())
     return [
-        row("student step against a plain step with dense float32 logits, tokens/s", c / a, ">= 4", f"{tokens / a:,.0f} against {tokens / c:,.0f} tokens/s"),
-        row("the same without torch.compile, tokens/s", c / b, "", f"{tokens / b:,.0f} against {tokens / c:,.0f} tokens/s"),
+        row(
+            "student step against a plain step with dense float32 logits, tokens/s",
+            c / a,
+            ">= 4",
+            f"{tokens / a:,.0f} against {tokens / c:,.0f} tokens/s",
+        ),
+        row(
+            "the same without torch.compile, tokens/s",
+            c / b,
+            "",
+            f"{tokens / b:,.0f} against {tokens / c:,.0f} tokens/s",
+        ),
     ]
 
 
@@ -154,8 +179,18 @@ def kd_step(data: corpus.Split, rounds: int) -> list[dict]:
         a, b, read = alternate(rounds, ce, kd_with_reading, lambda: cache.read(index))
         (c,) = alternate(2, online)
     return [
-        row("KD step with cached targets (reading included) against the CE step, time", b / a, "<= 1.25", f"{1e3 * b:.0f} against {1e3 * a:.0f} ms"),
-        row("training from cached targets against an online teacher, tokens/s", c / b, ">= 5", f"{c:.2f} against {b:.2f} s a step"),
+        row(
+            "KD step with cached targets (reading included) against the CE step, time",
+            b / a,
+            "<= 1.25",
+            f"{1e3 * b:.0f} against {1e3 * a:.0f} ms",
+        ),
+        row(
+            "training from cached targets against an online teacher, tokens/s",
+            c / b,
+            ">= 5",
+            f"{c:.2f} against {b:.2f} s a step",
+        ),
         row("reading targets, share of the KD step's time", read / b, "", f"{index.size / read:,.0f} tokens/s"),
     ]
 
@@ -168,7 +203,10 @@ def writing(data: corpus.Split, rounds: int) -> list[dict]:
     def forward():
         with torch.inference_mode():
             for start in range(0, len(index), 8):
-                batch = {name: torch.from_numpy(value).to(DEVICE) for name, value in corpus.rows(data, index[start:start + 8]).items()}
+                batch = {
+                    name: torch.from_numpy(value).to(DEVICE)
+                    for name, value in corpus.rows(data, index[start : start + 8]).items()
+                }
                 mask = models.attention_mask(batch["segments"], torch.float32)
                 with torch.autocast(DEVICE, dtype=AUTOCAST, enabled=AUTOCAST is not None):
                     large(input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=mask)
@@ -178,7 +216,14 @@ def writing(data: corpus.Split, rounds: int) -> list[dict]:
             write_targets(Path(folder), large, data, {}, "sampled", 64, block_length=LENGTH, autocast=AUTOCAST)
 
     a, b = alternate(rounds, forward, write)
-    return [row("writing targets against the bare teacher forward, time", b / a, "<= 1.2", f"{len(data.tokens) / b:,.0f} against {len(data.tokens) / a:,.0f} tokens/s")]
+    return [
+        row(
+            "writing targets against the bare teacher forward, time",
+            b / a,
+            "<= 1.2",
+            f"{len(data.tokens) / b:,.0f} against {len(data.tokens) / a:,.0f} tokens/s",
+        )
+    ]
 
 
 def loss_memory(tokens: int, vocabulary: int, width: int = 128) -> list[dict]:
@@ -188,7 +233,9 @@ def loss_memory(tokens: int, vocabulary: int, width: int = 128) -> list[dict]:
     weight = torch.randn(vocabulary, width, generator=generator).mul_(0.05).to(DEVICE).requires_grad_()
     labels = torch.randint(vocabulary, (tokens,), generator=generator).to(DEVICE)
     ids = torch.randint(vocabulary, (tokens, 32), generator=generator)
-    targets = SparseTargets(ids, torch.full((tokens, 32), 1 / 32), None, torch.zeros(tokens), 1.0).to(torch.device(DEVICE))
+    targets = SparseTargets(ids, torch.full((tokens, 32), 1 / 32), None, torch.zeros(tokens), 1.0).to(
+        torch.device(DEVICE)
+    )
 
     def ours():
         linear_distillation_loss(hidden, weight, None, labels, targets, 0.9).loss.backward()
@@ -197,7 +244,14 @@ def loss_memory(tokens: int, vocabulary: int, width: int = 128) -> list[dict]:
         F.cross_entropy((hidden @ weight.T).float(), labels).backward()
 
     a, b = peak_memory(ours), peak_memory(dense)
-    return [row(f"loss's peak memory at {tokens:,} tokens x {vocabulary:,} ids, against dense", a / b, "<= 0.167", f"{a / 2**20:,.0f} against {b / 2**20:,.0f} MiB")]
+    return [
+        row(
+            f"loss's peak memory at {tokens:,} tokens x {vocabulary:,} ids, against dense",
+            a / b,
+            "<= 0.167",
+            f"{a / 2**20:,.0f} against {b / 2**20:,.0f} MiB",
+        )
+    ]
 
 
 def peak_memory(function) -> int:
@@ -225,7 +279,14 @@ def peak_memory(function) -> int:
 def row(what: str, measured: float, target: str, detail: str) -> dict:
     """One line of the results table."""
     print(f"{what}: {measured:.3g} (target {target or 'none'}; {detail})", flush=True)
-    return {"what": what, "target": target, "measured": f"{measured:.3g}", "unit": "×", "detail": detail, "device": runs.device()}
+    return {
+        "what": what,
+        "target": target,
+        "measured": f"{measured:.3g}",
+        "unit": "×",
+        "detail": detail,
+        "device": runs.device(),
+    }
 
 
 if __name__ == "__main__":
@@ -235,6 +296,8 @@ if __name__ == "__main__":
     DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     AUTOCAST = models.precision("auto")
     tokens = 40_000 if DEVICE == "cuda" else 6_000
-    found = student_step(split(20_000), options.rounds) + kd_step(split(tokens), options.rounds) + writing(split(tokens), 2)
+    found = (
+        student_step(split(20_000), options.rounds) + kd_step(split(tokens), options.rounds) + writing(split(tokens), 2)
+    )
     found += loss_memory(4096, 8192) + loss_memory(8192, 49152)
     record(found)

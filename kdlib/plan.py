@@ -16,13 +16,19 @@ from kdlib.revisions import code_versions
 
 # The modules whose code determines a run of each kind, beyond what its inputs already carry.
 CODE = {
-    "corpus": ("sources", "readers", "documents", "corpus", "vocabulary"),
-    "teacher": ("models", "losses", "training", "evaluation"),
-    "targets": ("models", "cache"),
-    "student": ("models", "losses", "cache", "training", "evaluation"),
-    "ensemble": ("models", "ensemble", "evaluation"),
+    "corpus": ("producers", "sources", "readers", "documents", "corpus", "vocabulary"),
+    "teacher": ("producers", "models", "losses", "training", "evaluation"),
+    "targets": ("producers", "models", "cache"),
+    "student": ("producers", "models", "losses", "cache", "training", "evaluation"),
+    "ensemble": ("producers", "models", "ensemble", "evaluation"),
 }
-NOTEBOOK = {"corpus": "01_corpus", "teacher": "02_teacher", "targets": "03_targets", "student": "04_student", "ensemble": "05_ensemble"}
+NOTEBOOK = {
+    "corpus": "01_corpus",
+    "teacher": "02_teacher",
+    "targets": "03_targets",
+    "student": "04_student",
+    "ensemble": "05_ensemble",
+}
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,9 @@ def _kind(values: Parameters) -> str:
     for kind, notebook in NOTEBOOK.items():
         if type(values) is NOTEBOOKS[notebook][0]:
             return kind
-    raise KdlibError(f"{type(values).__name__} describes no run; expected the parameters of one of {', '.join(NOTEBOOK.values())}.")
+    raise KdlibError(
+        f"{type(values).__name__} describes no run; expected the parameters of one of {', '.join(NOTEBOOK.values())}."
+    )
 
 
 @cache
@@ -115,7 +123,7 @@ def study(profile: str) -> tuple[Step, ...]:
     settings: Profile = load(profile)
     wanted = settings.study
     seeds = range(1, wanted.members * wanted.repeats + 1)
-    pools = [list(seeds[start:start + wanted.members]) for start in range(0, len(seeds), wanted.members)]
+    pools = [list(seeds[start : start + wanted.members]) for start in range(0, len(seeds), wanted.members)]
     steps = [step(parameters("02_teacher", profile, adaptation=adaptation)) for adaptation in wanted.teachers]
     for objective in wanted.objectives:
         steps += [step(parameters("04_student", profile, objective=objective, seed=seed)) for seed in seeds]
@@ -145,7 +153,10 @@ def write(profile: str) -> None:
     """Keep the plan beside the results, for analyses and for whoever regenerates figures later."""
     folder = runs.results(profile)
     folder.mkdir(parents=True, exist_ok=True)
-    entries = [{"id": one.id, "label": one.label, "inputs": [upstream.id for upstream in one.inputs.values()]} for one in study(profile)]
+    entries = [
+        {"id": one.id, "label": one.label, "inputs": [upstream.id for upstream in one.inputs.values()]}
+        for one in study(profile)
+    ]
     if not (folder / "plan.json").is_file() or runs.read_json(folder / "plan.json")["runs"] != entries:
         runs.write_json(folder / "plan.json", {"profile": profile, "runs": entries})
 

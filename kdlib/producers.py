@@ -69,7 +69,13 @@ def _corpus(step: Step, inputs: dict, folder: Path) -> dict:
         tokenizer, kept = vocabulary.prune(teacher_tokenizer, texts, values.vocabulary_size)
     budgets = {"train": values.train_tokens} | dict.fromkeys(SPLITS, values.heldout_tokens)
     card = corpus.build(
-        folder / "data", table, report, tokenizer, budgets=budgets, shares=values.domains, block_length=values.block_length
+        folder / "data",
+        table,
+        report,
+        tokenizer,
+        budgets=budgets,
+        shares=values.domains,
+        block_length=values.block_length,
     )
     tokenizer.save_pretrained(folder / "data" / "tokenizer")
     if kept is not None:
@@ -100,9 +106,13 @@ def _teacher(step: Step, inputs: dict, folder: Path) -> dict:
         model = models.load_teacher(path).to(_device())
         kept = inputs["corpus"].path / "data" / "kept_tokens.npy"
         if not kept.is_file():
-            raise ValueError(f"The corpus has a vocabulary of its own, which {values.source} does not share; use adaptation=scratch.")
+            raise ValueError(
+                f"The corpus has a vocabulary of its own, which {values.source} does not share; use adaptation=scratch."
+            )
         if values.adaptation == "frozen":
-            metrics["unpruned"] = {"test": _unpruned(model, models.load_tokenizer(path), values.precision, inputs["corpus"])}
+            metrics["unpruned"] = {
+                "test": _unpruned(model, models.load_tokenizer(path), values.precision, inputs["corpus"])
+            }
         model = vocabulary.slice_model(model, np.load(kept))
     if values.adaptation != "frozen":
         if values.adaptation == "lora":
@@ -119,7 +129,9 @@ def _unpruned(model, tokenizer, precision: str, corpus_run: runs.Run) -> dict:
     """The teacher with its whole vocabulary on the test documents, as a reference for what pruning costs."""
     table = pd.read_parquet(corpus_run.path / "data" / "documents.parquet")
     split = corpus.tokenise("test", table[table.split == "test"], tokenizer)
-    found = evaluate(model, {"test": split}, _block_length(corpus_run), temperature=1.0, autocast=models.precision(precision))
+    found = evaluate(
+        model, {"test": split}, _block_length(corpus_run), temperature=1.0, autocast=models.precision(precision)
+    )
     return {key: found.metrics["evaluation"]["test"][key] for key in ("bits_per_byte", "nll", "tokens", "bytes")}
 
 
@@ -129,28 +141,52 @@ def _targets(step: Step, inputs: dict, folder: Path) -> dict:
     model = load_model(inputs["teacher"])
     block_length = _block_length(inputs["corpus"])
     metrics = write_targets(
-        folder / "targets", model, split, target_guard(inputs["corpus"], split, inputs["teacher"].id),
-        values.kind, values.draws if values.kind == "sampled" else values.top_k, values.temperature, values.seed,
-        block_length, batch_rows=8 if model.device.type == "cpu" else 64, autocast=models.precision(values.precision),
+        folder / "targets",
+        model,
+        split,
+        target_guard(inputs["corpus"], split, inputs["teacher"].id),
+        values.kind,
+        values.draws if values.kind == "sampled" else values.top_k,
+        values.temperature,
+        values.seed,
+        block_length,
+        batch_rows=8 if model.device.type == "cpu" else 64,
+        autocast=models.precision(values.precision),
     )
     return metrics | {"flops": models.flops_per_token(model, block_length) * metrics["tokens"]}
 
 
 def _student(step: Step, inputs: dict, folder: Path) -> dict:
     values = step.parameters
-    data, tokenizer, block_length = _data(inputs["corpus"]), load_tokenizer(inputs["corpus"]), _block_length(inputs["corpus"])
-    shape = models.Shape(layers=values.layers, hidden_size=values.hidden_size, heads=values.heads, architecture=values.architecture)
+    data, tokenizer, block_length = (
+        _data(inputs["corpus"]),
+        load_tokenizer(inputs["corpus"]),
+        _block_length(inputs["corpus"]),
+    )
+    shape = models.Shape(
+        layers=values.layers, hidden_size=values.hidden_size, heads=values.heads, architecture=values.architecture
+    )
     model = models.build(shape, tokenizer, block_length, values.seed).to(_device())
     targets = teacher = None
     if values.objective == "kd":
         train, teacher_id = data["train"], inputs["targets"].settings["inputs"]["teacher"]
-        targets = TargetCache(inputs["targets"].path / "targets", target_guard(inputs["corpus"], train, teacher_id), values.temperature)
+        targets = TargetCache(
+            inputs["targets"].path / "targets", target_guard(inputs["corpus"], train, teacher_id), values.temperature
+        )
     elif values.objective == "online_kd":
         teacher = load_model(inputs["teacher"])
         vocabulary.require_same(load_tokenizer(inputs["teacher"]), tokenizer)
     training = _train(
-        model, values, data, block_length, folder, targets=targets, teacher=teacher, temperature=values.temperature,
-        kd_weight=0.0 if values.objective == "ce" else values.kd_weight, multipliers=values.learning_rate_multipliers,
+        model,
+        values,
+        data,
+        block_length,
+        folder,
+        targets=targets,
+        teacher=teacher,
+        temperature=values.temperature,
+        kd_weight=0.0 if values.objective == "ce" else values.kd_weight,
+        multipliers=values.learning_rate_multipliers,
     )
     if teacher is not None:
         training["teacher_flops"] = models.flops_per_token(teacher, block_length) * training["tokens"]
@@ -175,14 +211,22 @@ def _ensemble(step: Step, inputs: dict, folder: Path) -> dict:
     return metrics
 
 
-def _train(model, values, data: dict[str, corpus.Split], block_length: int, folder: Path, tokens: int | None = None, **options) -> dict:
+def _train(
+    model, values, data: dict[str, corpus.Split], block_length: int, folder: Path, tokens: int | None = None, **options
+) -> dict:
     train, validation = data["train"], data["validation"]
     windows = train.windows(block_length)
     if tokens is not None:
         windows = windows[: max(1, int(np.searchsorted(windows[:, 1].cumsum(), tokens, side="right")))]
     trainer = DistillationTrainer(
-        model, values, train, corpus.pack(windows, block_length), folder,
-        validation=validation, validation_index=corpus.pack(validation.windows(block_length), block_length), **options,
+        model,
+        values,
+        train,
+        corpus.pack(windows, block_length),
+        folder,
+        validation=validation,
+        validation_index=corpus.pack(validation.windows(block_length), block_length),
+        **options,
     )
     training = trainer.fit()
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -191,7 +235,13 @@ def _train(model, values, data: dict[str, corpus.Split], block_length: int, fold
 
 def _evaluate(model, data: dict[str, corpus.Split], block_length: int, precision: str) -> Evaluation:
     batch_size = 16 if next(model.parameters()).device.type == "cpu" else 128
-    return evaluate(model, {name: data[name] for name in SPLITS}, block_length, batch_size=batch_size, autocast=models.precision(precision))
+    return evaluate(
+        model,
+        {name: data[name] for name in SPLITS},
+        block_length,
+        batch_size=batch_size,
+        autocast=models.precision(precision),
+    )
 
 
 def _store(folder: Path, evaluation: Evaluation) -> dict:
@@ -235,8 +285,12 @@ def load_model(run: runs.Run) -> torch.nn.Module:
     """
     folder = run.path / "model"
     if not folder.is_dir():
-        raise runs.KdlibError(f"{run.id} holds results but no model (models are not committed). Delete {run.path} and run its notebook again.")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False)
+        raise runs.KdlibError(
+            f"{run.id} holds results but no model (models are not committed). Delete {run.path} and run its notebook again."
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+    )
     return model.to(_device()).eval()
 
 
@@ -254,7 +308,11 @@ def teacher_path(name: str) -> Path | str:
 
 
 PRODUCERS: dict[str, Callable[[Step, dict, Path], dict]] = {
-    "corpus": _corpus, "teacher": _teacher, "targets": _targets, "student": _student, "ensemble": _ensemble,
+    "corpus": _corpus,
+    "teacher": _teacher,
+    "targets": _targets,
+    "student": _student,
+    "ensemble": _ensemble,
 }
 
 
@@ -264,10 +322,16 @@ if __name__ == "__main__":
 
     from kdlib import plan
 
-    parser = argparse.ArgumentParser(description="Make the runs of a profile's study in this process; what exists is kept.")
+    parser = argparse.ArgumentParser(
+        description="Make the runs of a profile's study in this process; what exists is kept."
+    )
     parser.add_argument("--profile", required=True)
-    parser.add_argument("--kinds", nargs="+", choices=list(PRODUCERS), default=list(PRODUCERS), help="only runs of these kinds")
-    parser.add_argument("--share", default="0/1", help="I/N: only every N-th of them, from the I-th; for N processes side by side")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=list(PRODUCERS), default=list(PRODUCERS), help="only runs of these kinds"
+    )
+    parser.add_argument(
+        "--share", default="0/1", help="I/N: only every N-th of them, from the I-th; for N processes side by side"
+    )
     options = parser.parse_args()
     first, every = map(int, options.share.split("/"))
     plan.write(options.profile)

@@ -28,7 +28,9 @@ class Parameters(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    profile: str = Field(description="profile whose other sections are the run's upstream: a name or a path to a .yaml file")
+    profile: str = Field(
+        description="profile whose other sections are the run's upstream: a name or a path to a .yaml file"
+    )
 
     def identity(self) -> dict[str, Any]:
         """The values that determine the run's result, for its run id (not the profile's name, nor how fast it runs)."""
@@ -38,12 +40,16 @@ class Parameters(BaseModel):
 class CorpusParameters(Parameters):
     """``01_corpus``: text to splits, vocabulary and packed tokens."""
 
-    domains: dict[str, Annotated[float, Field(gt=0)]] = Field(description="carrier: its share of the tokens of each split")
+    domains: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        description="carrier: its share of the tokens of each split"
+    )
     ood: str = Field(description="carrier held out whole as the out-of-domain test")
     train_tokens: PositiveInt = Field(description="tokens of the train split")
     heldout_tokens: PositiveInt = Field(description="tokens of each of validation, calibration, test and ood")
     block_length: int = Field(ge=8, le=8192, description="tokens in one row of the model's input")
-    tokenizer: str = Field(description="carrier, path or hub id of the teacher whose tokenizer is pruned; 'train' trains one")
+    tokenizer: str = Field(
+        description="carrier, path or hub id of the teacher whose tokenizer is pruned; 'train' trains one"
+    )
     vocabulary_size: int = Field(ge=300, description="tokens kept (or trained)")
 
     @model_validator(mode="after")
@@ -70,9 +76,15 @@ class TrainingParameters(Parameters):
 class TeacherParameters(TrainingParameters):
     """``02_teacher``: a frozen, LoRA-adapted, fully fine-tuned or scratch-trained teacher."""
 
-    source: str = Field(description="carrier, path to a .gguf or folder, or hub id[@revision]; ignored by adaptation=scratch")
-    adaptation: Adaptation = Field(description="frozen: as downloaded; lora, full: tuned on train; scratch: trained from random")
-    tokens: PositiveInt = Field(description="tokens of the train split that adaptation sees in an epoch, from its beginning")
+    source: str = Field(
+        description="carrier, path to a .gguf or folder, or hub id[@revision]; ignored by adaptation=scratch"
+    )
+    adaptation: Adaptation = Field(
+        description="frozen: as downloaded; lora, full: tuned on train; scratch: trained from random"
+    )
+    tokens: PositiveInt = Field(
+        description="tokens of the train split that adaptation sees in an epoch, from its beginning"
+    )
     lora_rank: PositiveInt = Field(description="rank of the LoRA update (alpha is twice the rank)")
     layers: PositiveInt = Field(description="depth of a scratch teacher")
     hidden_size: PositiveInt = Field(description="width of a scratch teacher")
@@ -94,7 +106,9 @@ class TargetParameters(Parameters):
     """``03_targets``: the teacher's distributions on the train split, on disk."""
 
     teacher: Adaptation = Field(description="which teacher of the profile writes")
-    kind: Literal["sampled", "topk"] = Field(description="sampled: unbiased draws; topk: the k largest and the exact tail mass")
+    kind: Literal["sampled", "topk"] = Field(
+        description="sampled: unbiased draws; topk: the k largest and the exact tail mass"
+    )
     draws: int = Field(ge=1, le=255, description="draws a token (kind=sampled)")
     top_k: int = Field(ge=1, le=4096, description="ids a token (kind=topk)")
     temperature: float = Field(gt=0, le=100, description="temperature of the distribution that is kept")
@@ -115,7 +129,9 @@ class StudentParameters(TrainingParameters):
         description="ce: the text alone; kd: cached targets; online_kd: the teacher in the loop, its whole distribution"
     )
     kd_weight: Share = Field(description="weight of the KD term; cross-entropy has 1 - kd_weight")
-    temperature: float = Field(gt=0, le=100, description="softens teacher and student in the KD term, which is scaled by its square")
+    temperature: float = Field(
+        gt=0, le=100, description="softens teacher and student in the KD term, which is scaled by its square"
+    )
     teacher: Adaptation = Field(description="which teacher of the profile is distilled")
     architecture: Literal["llama", "gpt2", "qwen3"] = Field(description="transformers architecture of the student")
     layers: PositiveInt = Field(description="depth")
@@ -128,7 +144,9 @@ class StudentParameters(TrainingParameters):
     @model_validator(mode="after")
     def _heads_divide_width(self):
         if self.hidden_size % (2 * self.heads):
-            raise ValueError(f"hidden_size {self.hidden_size} must be an even multiple of heads {self.heads} (rotary embeddings)")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be an even multiple of heads {self.heads} (rotary embeddings)"
+            )
         return self
 
     def identity(self) -> dict[str, Any]:
@@ -166,7 +184,9 @@ class Study(BaseModel):
     objectives: list[Literal["ce", "kd", "online_kd"]] = Field(min_length=1, description="objectives compared")
     pools: list[Pool] = Field(min_length=1, description="ways of pooling compared")
     members: int = Field(ge=1, description="members of one ensemble")
-    repeats: int = Field(ge=1, description="independent ensembles of each kind; single models have members x repeats seeds")
+    repeats: int = Field(
+        ge=1, description="independent ensembles of each kind; single models have members x repeats seeds"
+    )
 
 
 class Profile(BaseModel):
@@ -214,7 +234,9 @@ def load(name: str) -> Profile:
     given = name.endswith((".yaml", ".yml"))
     path = Path(name).resolve() if given else REPOSITORY / "profiles" / f"{name}.yaml"
     if not (path.is_file() if given else name in available()):
-        raise KdlibError(f"Unknown profile {name!r}. Expected one of {', '.join(available())}, or the path of a .yaml file.")
+        raise KdlibError(
+            f"Unknown profile {name!r}. Expected one of {', '.join(available())}, or the path of a .yaml file."
+        )
     return _loaded(name, path, path.stat().st_mtime_ns)
 
 
@@ -232,7 +254,9 @@ def _loaded(name: str, path: Path, modified: int) -> Profile:
             values[section] = {"profile": name, **values[section]}
     found = _validated(Profile, values, f"profile {name!r}")
     if found.name != path.stem:
-        raise KdlibError(f"Profile {path} calls itself {found.name!r}, but its results are kept under {path.stem!r}. Give both one name.")
+        raise KdlibError(
+            f"Profile {path} calls itself {found.name!r}, but its results are kept under {path.stem!r}. Give both one name."
+        )
     return found
 
 
@@ -258,8 +282,10 @@ def from_notebook(notebook: str, namespace: dict[str, Any]) -> Parameters:
     """
     model, _ = NOTEBOOKS[notebook]
     ours = {
-        name: value for name, value in namespace.items()
-        if not name.startswith("_") and name not in {"In", "Out"}
+        name: value
+        for name, value in namespace.items()
+        if not name.startswith("_")
+        and name not in {"In", "Out"}
         and (value is None or isinstance(value, str | bool | int | float | list | dict | tuple))
     }
     _refuse_unknown(model, ours, notebook)

@@ -21,7 +21,20 @@ from kdlib.errors import KdlibError
 
 PACKAGE = Path(__file__).parent
 RECORD = PACKAGE / "revisions.json"
-MODULES = ("sources", "readers", "documents", "corpus", "vocabulary", "models", "losses", "cache", "training", "ensemble", "evaluation")
+MODULES = (
+    "sources",
+    "readers",
+    "documents",
+    "corpus",
+    "vocabulary",
+    "models",
+    "losses",
+    "cache",
+    "training",
+    "ensemble",
+    "evaluation",
+    "producers",
+)
 
 
 def code_hash(module: str) -> str:
@@ -35,7 +48,10 @@ def _bare(source: str) -> str:
     # Text, not the syntax tree, is hashed: the tree's printed form differs between Python versions.
     drop, lines = set(), source.splitlines()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+        if (
+            isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+            and ast.get_docstring(node) is not None
+        ):
             docstring = node.body[0]
             # Not one that shares its line with code, as in: class Error(ValueError): "docstring"
             if not lines[docstring.lineno - 1].encode()[: docstring.col_offset].strip():
@@ -69,7 +85,9 @@ def declare(action: str, modules: list[str]) -> None:
     record = _record()
     unknown = [module for module in modules if module not in MODULES]
     if action not in ("keep", "bump") or unknown or not modules:
-        raise KdlibError(f"Expected keep or bump and one or more of: {', '.join(MODULES)}. Found: {action} {' '.join(modules)}")
+        raise KdlibError(
+            f"Expected keep or bump and one or more of: {', '.join(MODULES)}. Found: {action} {' '.join(modules)}"
+        )
     for module in modules:
         revision = record.get(module, {}).get("revision", 0) + (action == "bump" or module not in record)
         record[module] = {"revision": revision, "sha256": code_hash(module)}

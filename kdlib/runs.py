@@ -80,7 +80,9 @@ def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise KdlibError(f"Run file {path} cannot be read ({error}). Delete the folder {path.parent} to have the run made again.") from error
+        raise KdlibError(
+            f"Run file {path} cannot be read ({error}). Delete the folder {path.parent} to have the run made again."
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -133,7 +135,9 @@ def _locked(work: Path):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise KdlibError(f"Another process is making {work.name} in {work}. Wait for it, or stop it and call again.") from None
+            raise KdlibError(
+                f"Another process is making {work.name} in {work}. Wait for it, or stop it and call again."
+            ) from None
         yield
 
 
@@ -175,7 +179,9 @@ def _processor() -> str:
 
 def _git(*arguments: str) -> str:
     try:
-        return subprocess.run(["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, timeout=20).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, timeout=20
+        ).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""
 
@@ -190,14 +196,18 @@ def table(profile: str) -> pd.DataFrame:
     """
     plan = results(profile) / "plan.json"
     if not plan.is_file():
-        raise KdlibError(f"No results of profile {profile!r} in {plan.parent}. Make them with: make paper PROFILE={profile}")
+        raise KdlibError(
+            f"No results of profile {profile!r} in {plan.parent}. Make them with: make paper PROFILE={profile}"
+        )
     rows, missing = [], []
     for entry in json.loads(plan.read_text())["runs"]:
         run = find(profile, entry["id"])
         if run is None:
             missing.append(f"{entry['label']} ({entry['id']})")
         else:
-            rows.append({**run.settings["parameters"], "id": run.id, "kind": run.kind, "label": entry["label"], "run": run})
+            rows.append(
+                {**run.settings["parameters"], "id": run.id, "kind": run.kind, "label": entry["label"], "run": run}
+            )
     if missing:
         raise KdlibError(
             f"Profile {profile!r} lacks {len(missing)} of {len(missing) + len(rows)} planned runs: {', '.join(missing[:8])}"

@@ -29,8 +29,18 @@ from kdlib.profiles import TrainingParameters
 from kdlib.progress import bar
 
 LOG_COLUMNS = (
-    "step", "epoch", "loss", "ce", "kd", "learning_rate", "tokens", "seconds", "memory_bytes",
-    "validation_nll", "validation_seconds", "validation_memory_bytes",
+    "step",
+    "epoch",
+    "loss",
+    "ce",
+    "kd",
+    "learning_rate",
+    "tokens",
+    "seconds",
+    "memory_bytes",
+    "validation_nll",
+    "validation_seconds",
+    "validation_memory_bytes",
 )
 CHECKPOINTS = 8  # a run is saved, and its validation loss measured, this many times
 LARGE, LARGE_CHECKPOINTS = 5e7, 2  # parameters from which writing a checkpoint costs more than it is likely to save
@@ -99,7 +109,9 @@ class DistillationTrainer(Trainer):
         validation_index: np.ndarray | None = None,
     ):
         if not len(index):
-            raise KdlibError(f"The split {split.name!r} has no rows to train on; raise train_tokens or lower block_length.")
+            raise KdlibError(
+                f"The split {split.name!r} has no rows to train on; raise train_tokens or lower block_length."
+            )
         if teacher is not None and {id(one) for one in teacher.parameters()} & {id(one) for one in model.parameters()}:
             raise KdlibError(
                 "Teacher and student share parameters, so one's eval mode and freezing would be the other's. Give the teacher a copy of its own."
@@ -131,7 +143,9 @@ class DistillationTrainer(Trainer):
             logging_nan_inf_filter=False,
             eval_strategy="steps" if validation is not None else "no",
             eval_steps=every,
-            save_steps=every if models.parameters_by_component(model)["total"] < LARGE else math.ceil(self.steps / LARGE_CHECKPOINTS),
+            save_steps=every
+            if models.parameters_by_component(model)["total"] < LARGE
+            else math.ceil(self.steps / LARGE_CHECKPOINTS),
             # Two, because a process killed while it saves leaves the newest one unusable.
             save_total_limit=2,
             remove_unused_columns=False,
@@ -140,7 +154,10 @@ class DistillationTrainer(Trainer):
             report_to="none",
         )
         super().__init__(
-            model, arguments, data_collator=Collator(split, targets), train_dataset=Rows(index),
+            model,
+            arguments,
+            data_collator=Collator(split, targets),
+            train_dataset=Rows(index),
             eval_dataset=None if validation is None else Rows(validation_index),
         )
         # Labels are already those of the next token, and the loss divides by the tokens of the whole step itself.
@@ -178,7 +195,9 @@ class DistillationTrainer(Trainer):
             "seconds": self._elapsed(),
             "tokens_per_second": self._tokens / self._elapsed() if self._tokens else None,
             "flops": 3 * models.flops_per_token(self.model, context) * self._tokens,
-            "peak_memory_bytes": max((int(row["memory_bytes"]) for row in rows if row["memory_bytes"]), default=memory_bytes()),
+            "peak_memory_bytes": max(
+                (int(row["memory_bytes"]) for row in rows if row["memory_bytes"]), default=memory_bytes()
+            ),
             "final_loss": float(np.mean(losses[-20:])) if losses else None,
         }
 
@@ -192,10 +211,21 @@ class DistillationTrainer(Trainer):
                 teacher_hidden = self._hidden(models.body(self.teacher), inputs).flatten(0, 1)
             teacher_weight, teacher_bias = models.head(self.teacher)
             dtype = self.autocast or teacher_hidden.dtype
-            targets = DenseTargets(teacher_hidden.to(dtype), teacher_weight.to(dtype), None if teacher_bias is None else teacher_bias.to(dtype))
+            targets = DenseTargets(
+                teacher_hidden.to(dtype),
+                teacher_weight.to(dtype),
+                None if teacher_bias is None else teacher_bias.to(dtype),
+            )
         parts = linear_distillation_loss(
-            hidden.flatten(0, 1), weight, bias, inputs["labels"].flatten(), targets,
-            self.kd_weight, self.temperature, num_items_in_batch, self.autocast,
+            hidden.flatten(0, 1),
+            weight,
+            bias,
+            inputs["labels"].flatten(),
+            targets,
+            self.kd_weight,
+            self.temperature,
+            num_items_in_batch,
+            self.autocast,
         )
         if not torch.isfinite(parts.loss):
             self._refuse("loss", parts.loss.item(), self.state.global_step + 1)
@@ -219,7 +249,9 @@ class DistillationTrainer(Trainer):
         mask = models.attention_mask(inputs["segments"], dtype)
         device = inputs["input_ids"].device.type
         with torch.autocast(device, dtype=self.autocast) if self.autocast else nullcontext():
-            return body(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], attention_mask=mask, use_cache=False).last_hidden_state
+            return body(
+                input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], attention_mask=mask, use_cache=False
+            ).last_hidden_state
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Mean negative log-likelihood of the validation rows, logged as ``validation_nll`` (nats a token)."""
@@ -231,15 +263,23 @@ class DistillationTrainer(Trainer):
         weight, bias = models.head(self.model)
         with torch.no_grad():
             for start in range(0, len(index), self.args.per_device_train_batch_size):
-                batch = self._prepare_inputs(collate(list(index[start:start + self.args.per_device_train_batch_size])))
+                batch = self._prepare_inputs(
+                    collate(list(index[start : start + self.args.per_device_train_batch_size]))
+                )
                 hidden = self._hidden(models.body(self.model), batch).flatten(0, 1)
-                parts = linear_distillation_loss(hidden, weight, bias, batch["labels"].flatten(), matmul_dtype=self.autocast)
+                parts = linear_distillation_loss(
+                    hidden, weight, bias, batch["labels"].flatten(), matmul_dtype=self.autocast
+                )
                 total, tokens = total + parts.ce.item(), tokens + parts.tokens
         self.model.train(training)
         metrics = {f"{metric_key_prefix}_loss": total / tokens}
-        self._write_row({
-            "validation_nll": total / tokens, "validation_seconds": time.perf_counter() - started, "validation_memory_bytes": memory_bytes(),
-        })
+        self._write_row(
+            {
+                "validation_nll": total / tokens,
+                "validation_seconds": time.perf_counter() - started,
+                "validation_memory_bytes": memory_bytes(),
+            }
+        )
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -262,25 +302,34 @@ class DistillationTrainer(Trainer):
         per_token = max(1, parts["tokens"])
         loss = self.kd_weight * parts["kd"] / per_token + (1 - self.kd_weight) * parts["ce"] / per_token
         self.state.log_history.append({"step": self.state.global_step, "loss": loss})
-        self._write_row({
-            "loss": loss,
-            "ce": parts["ce"] / per_token,
-            "kd": parts["kd"] / per_token if self.kd_weight > 0 else "",
-            "learning_rate": logs["learning_rate"],
-            "memory_bytes": memory_bytes(),
-        })
+        self._write_row(
+            {
+                "loss": loss,
+                "ce": parts["ce"] / per_token,
+                "kd": parts["kd"] / per_token if self.kd_weight > 0 else "",
+                "learning_rate": logs["learning_rate"],
+                "memory_bytes": memory_bytes(),
+            }
+        )
 
     def _elapsed(self) -> float:
         return self._seconds + time.perf_counter() - self._resumed_at
 
     def _write_row(self, values: dict) -> None:
         fresh = not self.log_path.is_file()
-        shared = {"step": self.state.global_step, "epoch": self.state.epoch, "tokens": self._tokens, "seconds": round(self._elapsed(), 3)}
+        shared = {
+            "step": self.state.global_step,
+            "epoch": self.state.epoch,
+            "tokens": self._tokens,
+            "seconds": round(self._elapsed(), 3),
+        }
         with open(self.log_path, "a", newline="") as file:
             writer = csv.DictWriter(file, LOG_COLUMNS, restval="")
             if fresh:
                 writer.writeheader()
-            writer.writerow(shared | {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in values.items()})
+            writer.writerow(
+                shared | {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in values.items()}
+            )
 
     def _restore_log(self, checkpoint: Path | None) -> None:
         """Drop what was logged after the checkpoint, and count on from there."""
@@ -323,7 +372,9 @@ def steps(settings: TrainingParameters, rows: int) -> int:
     return 0 if settings.epochs == 0 else max(1, round(total))
 
 
-def parameter_groups(model: nn.Module, multipliers: dict[str, float], learning_rate: float, weight_decay: float) -> list[dict]:
+def parameter_groups(
+    model: nn.Module, multipliers: dict[str, float], learning_rate: float, weight_decay: float
+) -> list[dict]:
     """Optimiser groups by learning-rate multiplier and decay.
 
     A parameter takes the multiplier of the first regular expression found in its name (``re.search``), else 1; 0 freezes it.
@@ -348,7 +399,10 @@ def parameter_groups(model: nn.Module, multipliers: dict[str, float], learning_r
         names = ", ".join(name for name, _ in list(model.named_parameters())[:6])
         problem = f"match no parameter: {sorted(unused)}" if unused else "freeze every parameter"
         raise KdlibError(f"learning_rate_multipliers {problem}. Parameter names look like: {names} …")
-    return [{"params": group, "lr": learning_rate * multiplier, "weight_decay": decay} for (multiplier, decay), group in groups.items()]
+    return [
+        {"params": group, "lr": learning_rate * multiplier, "weight_decay": decay}
+        for (multiplier, decay), group in groups.items()
+    ]
 
 
 def _step(checkpoint: Path | None) -> int:
@@ -383,8 +437,12 @@ def memory_bytes() -> int:
 
 def _can_compile(device: torch.device) -> bool:
     # Triton builds its launchers in C, the CPU backend its kernels in C++.
-    names = (os.environ.get("CC", "gcc"), "clang") if device.type == "cuda" else (os.environ.get("CXX", "g++"), "clang++")
+    names = (
+        (os.environ.get("CC", "gcc"), "clang") if device.type == "cuda" else (os.environ.get("CXX", "g++"), "clang++")
+    )
     found = any(shutil.which(name) for name in names)
     if not found:
-        print(f"kdlib: no compiler ({' or '.join(names)}) found, so torch.compile is skipped; results are the same, training is slower.")
+        print(
+            f"kdlib: no compiler ({' or '.join(names)}) found, so torch.compile is skipped; results are the same, training is slower."
+        )
     return found

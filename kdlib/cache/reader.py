@@ -43,24 +43,38 @@ class TargetCache:
     def __init__(self, folder: Path, expected: dict, temperature: float):
         manifest = read_record(folder / "manifest.json")
         if manifest is None:
-            raise KdlibError(f"{folder} holds no finished targets: manifest.json is missing. Write them, or let the interrupted writer finish.")
+            raise KdlibError(
+                f"{folder} holds no finished targets: manifest.json is missing. Write them, or let the interrupted writer finish."
+            )
         if manifest.get("version") != VERSION:
-            raise KdlibError(f"Targets in {folder} have format version {manifest.get('version')}; this code reads version {VERSION}.")
-        wrong = {key: (value, manifest["guard"].get(key)) for key, value in expected.items() if manifest["guard"].get(key) != value}
+            raise KdlibError(
+                f"Targets in {folder} have format version {manifest.get('version')}; this code reads version {VERSION}."
+            )
+        wrong = {
+            key: (value, manifest["guard"].get(key))
+            for key, value in expected.items()
+            if manifest["guard"].get(key) != value
+        }
         if wrong:
             told = "; ".join(f"{key}: expected {value!r}, found {found!r}" for key, (value, found) in wrong.items())
-            raise KdlibError(f"Targets in {folder} belong to something else ({told}). Write targets for this setting with notebooks/03_targets.ipynb.")
+            raise KdlibError(
+                f"Targets in {folder} belong to something else ({told}). Write targets for this setting with notebooks/03_targets.ipynb."
+            )
         if temperature != manifest["temperature"]:
             raise KdlibError(
                 f"Targets in {folder} describe the teacher at temperature {manifest['temperature']} and cannot serve {temperature}: "
                 "a sampled or truncated distribution cannot be re-tempered. Write targets at that temperature."
             )
-        self.kind, self.size, self.temperature, self.positions = (manifest[key] for key in ("kind", "size", "temperature", "positions"))
+        self.kind, self.size, self.temperature, self.positions = (
+            manifest[key] for key in ("kind", "size", "temperature", "positions")
+        )
         self._firsts, self._shards = [], []
         for number in range(manifest["shards"]):
             about = describe_shard(folder, number)
             if about is None:
-                raise KdlibError(f"Target shard {folder / f'{number:05d}.json'} is missing. Write the targets again: only this shard is redone.")
+                raise KdlibError(
+                    f"Target shard {folder / f'{number:05d}.json'} is missing. Write the targets again: only this shard is redone."
+                )
             check_shard(folder, number, about)
             self._firsts.append(about["first"])
             self._shards.append(map_shard(folder, number))
@@ -79,7 +93,11 @@ class TargetCache:
             rows = np.flatnonzero(used & (owner == number))
             local = positions[rows] - self._firsts[number]
             shard = self._shards[number]
-            kept = kinds.read_sampled(shard, local, self.size) if self.kind == "sampled" else kinds.read_top_k(shard, local)
+            kept = (
+                kinds.read_sampled(shard, local, self.size)
+                if self.kind == "sampled"
+                else kinds.read_top_k(shard, local)
+            )
             pieces.append((rows, *kept, shard["entropy"][local].astype(np.float32)))
         width = max((piece[1].shape[1] for piece in pieces), default=1)
         ids = np.zeros((len(positions), width), np.int64)
@@ -115,7 +133,9 @@ class TargetCache:
 
     def _owner(self, positions: np.ndarray) -> np.ndarray:
         if len(positions) and positions.max() >= self.positions:
-            raise KdlibError(f"Position {positions.max()} lies past the targets' end ({self.positions} positions): they belong to other documents.")
+            raise KdlibError(
+                f"Position {positions.max()} lies past the targets' end ({self.positions} positions): they belong to other documents."
+            )
         return np.searchsorted(self._firsts, positions, side="right") - 1
 
 

@@ -30,7 +30,9 @@ def id_dtype(vocabulary: int) -> type:
     return np.uint16 if vocabulary <= 2**16 else np.uint32
 
 
-def write_shard(folder: Path, number: int, first: int, last: int, arrays: dict[str, np.ndarray], sums: dict[str, float]) -> None:
+def write_shard(
+    folder: Path, number: int, first: int, last: int, arrays: dict[str, np.ndarray], sums: dict[str, float]
+) -> None:
     """Write one shard and, after it is safely on disk, its description: a shard without one does not count."""
     name = f"{number:05d}"
     data = save({key: np.ascontiguousarray(value) for key, value in arrays.items()})
@@ -60,7 +62,9 @@ def read_record(path: Path) -> dict | None:
     except (ValueError, LookupError, TypeError):
         whole = False
     if not whole:
-        raise KdlibError(f"{path} is damaged: its content differs from its checksum. Delete it and write the targets again; whole shards are kept.")
+        raise KdlibError(
+            f"{path} is damaged: its content differs from its checksum. Delete it and write the targets again; whole shards are kept."
+        )
     return record
 
 
@@ -91,11 +95,15 @@ def check_shard(folder: Path, number: int, about: dict) -> None:
     """
     path = folder / f"{number:05d}.safetensors"
     size = path.stat().st_size if path.is_file() else None
-    advice = f"Delete {path.with_suffix('.json')} and {path.name}, and write the targets again: only this shard is redone."
+    advice = (
+        f"Delete {path.with_suffix('.json')} and {path.name}, and write the targets again: only this shard is redone."
+    )
     if size is None:
         raise KdlibError(f"Target shard {path} is missing. {advice}")
     if size != about["bytes"]:
-        raise KdlibError(f"Target shard {path} is truncated or grown: expected {about['bytes']} bytes, found {size}. {advice}")
+        raise KdlibError(
+            f"Target shard {path} is truncated or grown: expected {about['bytes']} bytes, found {size}. {advice}"
+        )
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != about["sha256"]:

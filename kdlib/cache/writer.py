@@ -56,8 +56,15 @@ def write_targets(
     windows = split.windows(block_length)
     shards = _shards(windows, shard_tokens)
     description = {
-        "version": VERSION, "kind": kind, "size": size, "temperature": temperature, "seed": seed, "guard": guard,
-        "block_length": block_length, "shard_tokens": shard_tokens, "precision": str(autocast or torch.float32),
+        "version": VERSION,
+        "kind": kind,
+        "size": size,
+        "temperature": temperature,
+        "seed": seed,
+        "guard": guard,
+        "block_length": block_length,
+        "shard_tokens": shard_tokens,
+        "precision": str(autocast or torch.float32),
     }
     _claim(folder, description, kinds.bytes_per_token(kind, size, vocabulary) * len(split.tokens), len(shards))
 
@@ -69,7 +76,9 @@ def write_targets(
             for number, mine in enumerate(shards):
                 if describe_shard(folder, number) is None:
                     first, last = _span(shards, number, len(split.tokens))
-                    positions, parts = _shard(model, split, mine, kind, size, temperature, seed, block_length, batch_rows, autocast)
+                    positions, parts = _shard(
+                        model, split, mine, kind, size, temperature, seed, block_length, batch_rows, autocast
+                    )
                     arrays, sums = _arrange(positions, parts, kind, first, last)
                     write_shard(folder, number, first, last, arrays, sums)
                     written += int(mine[:, 1].sum())
@@ -85,9 +94,13 @@ def _check(kind: str, size: int, temperature: float, vocabulary: int, guard: dic
     if kind not in ("sampled", "topk"):
         raise KdlibError(f"Unknown kind of targets {kind!r}. Expected sampled or topk.")
     if kind == "sampled" and not 1 <= size <= kinds.MAX_DRAWS:
-        raise KdlibError(f"draws must lie in 1..{kinds.MAX_DRAWS}, since a count takes one byte; found {size}. A few dozen are enough.")
+        raise KdlibError(
+            f"draws must lie in 1..{kinds.MAX_DRAWS}, since a count takes one byte; found {size}. A few dozen are enough."
+        )
     if kind == "topk" and not 1 <= size < vocabulary:
-        raise KdlibError(f"top_k must lie in 1..{vocabulary - 1}, below the vocabulary; found {size}. For whole distributions use objective online_kd.")
+        raise KdlibError(
+            f"top_k must lie in 1..{vocabulary - 1}, below the vocabulary; found {size}. For whole distributions use objective online_kd."
+        )
     if not temperature > 0:
         raise KdlibError(f"The temperature must be above 0; found {temperature}.")
     if guard.get("vocabulary", vocabulary) != vocabulary:
@@ -141,11 +154,13 @@ def _shard(model, split, windows, kind, size, temperature, seed, block_length, b
     order, parts = [], []
     with torch.inference_mode():
         for start in range(0, len(index), batch_rows):
-            at = index[start:start + batch_rows]
+            at = index[start : start + batch_rows]
             rows = {name: torch.from_numpy(value).to(device) for name, value in corpus.rows(split, at).items()}
             mask = models.attention_mask(rows["segments"], next(model.parameters()).dtype)
             with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-                hidden = body(input_ids=rows["input_ids"], position_ids=rows["position_ids"], attention_mask=mask, use_cache=False).last_hidden_state
+                hidden = body(
+                    input_ids=rows["input_ids"], position_ids=rows["position_ids"], attention_mask=mask, use_cache=False
+                ).last_hidden_state
             used = rows["labels"] >= 0
             hidden, labels, positions = hidden[used], rows["labels"][used], at[used.cpu().numpy()]
             step = max(1, CHUNK_ELEMENTS.get(device.type, 2**21) // len(weight))
@@ -155,7 +170,9 @@ def _shard(model, split, windows, kind, size, temperature, seed, block_length, b
                     logits = torch.nn.functional.linear(hidden[chunk], weight, bias)
                 log_t = torch.log_softmax(logits.float() / temperature, dim=-1)
                 if not torch.isfinite(log_t.gather(1, labels[chunk, None])).all():
-                    raise KdlibError("The teacher gives a non-finite probability to the text; its weights or the precision are at fault.")
+                    raise KdlibError(
+                        "The teacher gives a non-finite probability to the text; its weights or the precision are at fault."
+                    )
                 kept = kinds.draw(log_t, uniforms(positions[chunk])) if kind == "sampled" else kinds.top_k(log_t, size)
                 parts.append(kept | kinds.statistics(log_t, labels[chunk]))
                 order.append(positions[chunk])
@@ -172,7 +189,9 @@ def _uniforms(windows: np.ndarray, seed: int, draws: int):
         cuts = np.flatnonzero(np.diff(window) != 0) + 1
         for low, high in zip(np.r_[0, cuts], np.r_[cuts, len(positions)], strict=True):
             start = starts[window[low]]
-            generator = np.random.Generator(np.random.PCG64([seed, int(start)]).advance(int(positions[low] - start) * draws))
+            generator = np.random.Generator(
+                np.random.PCG64([seed, int(start)]).advance(int(positions[low] - start) * draws)
+            )
             out[low:high] = generator.random((high - low, draws))
         return torch.from_numpy(out)
 
@@ -192,7 +211,9 @@ def _arrange(positions: np.ndarray, parts: list[dict], kind: str, first: int, la
         sizes = np.zeros(last - first, np.uint32)
         sizes[rows] = lengths[order]
         arrays["offsets"] = np.concatenate([[0], np.cumsum(sizes)]).astype(np.uint32)
-        entries = np.concatenate([np.arange(low, low + n) for low, n in zip(starts[order], lengths[order], strict=True)])
+        entries = np.concatenate(
+            [np.arange(low, low + n) for low, n in zip(starts[order], lengths[order], strict=True)]
+        )
         arrays |= {key: joined.pop(key)[entries] for key in ("ids", "counts")}
     for key, values in joined.items():
         empty = -np.inf if key.startswith("log_") else 0
@@ -206,7 +227,9 @@ def _finish(folder: Path, description: dict, shards: int, positions: int, rate: 
     about = [describe_shard(folder, number) for number in range(shards)]
     sums = {key: sum(one["sums"][key] for one in about) for key in about[0]["sums"]}
     size = sum(one["bytes"] for one in about)
-    write_record(folder / "manifest.json", description | {"positions": positions, "shards": shards, "tokens": sums["tokens"]})
+    write_record(
+        folder / "manifest.json", description | {"positions": positions, "shards": shards, "tokens": sums["tokens"]}
+    )
     return {
         "tokens": sums["tokens"],
         "bytes": size,
