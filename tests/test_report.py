@@ -311,12 +311,12 @@ def test_the_readme_is_redrawn_between_its_marks_only(home, tmp_path, monkeypatc
     readme = tmp_path / "README.md"
     shutil.copy(REPOSITORY / "README.md", readme)
     (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks" / "results.csv").write_text("what,target,measured,unit,device\nstep,≥ 4,4.7,×,two cores\n")
+    (tmp_path / "benchmarks" / "results.csv").write_text("what,target,measured,unit,detail,device\nstep,≥ 4,4.7,×,fast,two cores\n")
     before = GENERATED.sub("", readme.read_text(encoding="utf-8"))
     report.update_readme("smoke")
     text = readme.read_text(encoding="utf-8")
     assert GENERATED.sub("", text) == before
-    assert "| KD ensemble (probability pool) | 1 |" in text and "| step | ≥ 4 | 4.7 × | two cores |" in text
+    assert "| KD ensemble (probability pool) | 1 |" in text and "| step | ≥ 4 | 4.7 × (fast) | two cores |" in text
     report.update_readme("smoke")
     assert readme.read_text(encoding="utf-8") == text
     report.update_readme("laptop")

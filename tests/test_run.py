@@ -199,6 +199,11 @@ def test_a_failed_notebook_is_kept_as_far_as_it_got(tmp_path, home, last, status
     assert "got so far\n" in outputs and "never\n" not in outputs
 
 
+def _heed_interrupts():
+    # A test run started in the background of a script inherits an ignored SIGINT, and so would the runner.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_runner_leaves_no_kernel_behind(tmp_path, home, stop):
@@ -206,7 +211,7 @@ def test_a_stopped_runner_leaves_no_kernel_behind(tmp_path, home, stop):
     busy = "import os, sys, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)"
     path = fake_notebooks.write(tmp_path / "10_objectives.ipynb", ANALYSIS, busy)
     runner = subprocess.Popen(
-        command(path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command(path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=_heed_interrupts
     )
     kernel = psutil.Process(int(runner.stdout.readline()))
     os.killpg(runner.pid, stop)
