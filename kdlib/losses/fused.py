@@ -15,7 +15,8 @@ from kdlib.errors import KdlibError
 from kdlib.losses.reference import IGNORED
 from kdlib.losses.targets import DenseTargets, SparseTargets
 
-# Logits held at a time. On a CPU a chunk that fits the last-level cache is fastest; a GPU wants long rows of work.
+# Logits held at a time. On a CPU a chunk that fits the last-level cache is fastest; on a GPU a larger one would give back
+# the memory that chunks are there to save.
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**23}
 
 
