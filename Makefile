@@ -26,7 +26,7 @@ paper: env  ## everything from raw text to the paper's PDF, for PROFILE; goes on
 	$(RUN) snakemake --config profile=$(PROFILE)
 
 figures: env  ## tables, figures and the PDF again, from the results of PROFILE as they lie there
-	@ls notebooks | sed -n 's/^\([1-9][0-9]_.*\)\.ipynb$$/\1/p' | xargs -P 2 -I {} $(RUN) kdlib.run notebooks/{}.ipynb --profile $(PROFILE)
+	@$(RUN) kdlib.paper --profile $(PROFILE) --analyses | xargs -P 2 -I {} $(RUN) kdlib.run notebooks/{}.ipynb --profile $(PROFILE)
 	$(RUN) kdlib.paper --profile $(PROFILE)
 
 test: env  ## everything that proves it works: unit tests, and the smoke profile through the pipeline

@@ -38,7 +38,7 @@ WRITTEN = {
         *[f"{RESULTS}/{table}.csv" for table in tables],
         *[f"figures/{RESULTS.name}/{figure}.{kind}" for figure in figures for kind in ("pdf", "png")],
     ]
-    for notebook, (tables, figures) in report.ANALYSES.items()
+    for notebook, (tables, figures) in report.analyses(load(PROFILE).study.grids).items()
 }
 
 workdir: runs.home()

@@ -21,11 +21,12 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kdlib import corpus, models, runs
-from kdlib.cache import TargetCache, write_targets
+from kdlib.cache import Kind, ModelTeacher, TargetCache, write_targets
 from kdlib.losses import DenseTargets, SparseTargets, linear_distillation_loss
 from kdlib.training import Collator
 
 VOCABULARY, LENGTH = 8192, 256
+SAMPLED = Kind("sampled", draws=64)
 
 
 def split(tokens: int, seed: int = 0) -> corpus.Split:
@@ -165,7 +166,7 @@ def kd_step(data: corpus.Split, rounds: int) -> list[dict]:
     """Cached targets against cross-entropy, and against the teacher in the loop."""
     large = teacher()
     with tempfile.TemporaryDirectory() as folder:
-        write_targets(Path(folder), large, data, {}, "sampled", 64, block_length=LENGTH, autocast=AUTOCAST)
+        write_targets(Path(folder), ModelTeacher(large, AUTOCAST), data, {}, SAMPLED, block_length=LENGTH)
         cache = TargetCache(Path(folder), {}, 1.0)
         batch = batches(data, 16, cache)
         index = corpus.pack(data.windows(LENGTH), LENGTH)[:16]
@@ -213,7 +214,7 @@ def writing(data: corpus.Split, rounds: int) -> list[dict]:
 
     def write():
         with tempfile.TemporaryDirectory() as folder:
-            write_targets(Path(folder), large, data, {}, "sampled", 64, block_length=LENGTH, autocast=AUTOCAST)
+            write_targets(Path(folder), ModelTeacher(large, AUTOCAST), data, {}, SAMPLED, block_length=LENGTH)
 
     a, b = alternate(rounds, forward, write)
     return [

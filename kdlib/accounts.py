@@ -16,6 +16,8 @@ TEACHERS = {
 TARGETS = {
     "sampled": "{draws} tokens drawn from its distribution",
     "topk": "the {top_k} most probable tokens and the mass of the rest",
+    "topk_sampled": "the {top_k} most probable tokens and {draws} drawn from the rest",
+    "dense": "its whole distribution",
 }
 
 

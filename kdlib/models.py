@@ -20,6 +20,7 @@ from gguf import GGUFReader
 from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from tokenizers import pre_tokenizers
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -210,14 +211,25 @@ def head(model: PreTrainedModel | PeftModel) -> tuple[torch.Tensor, torch.Tensor
         KdlibError: the model scales or caps its logits after the head.
     """
     plain = _plain(model)
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(plain.config.get_text_config(), name, None) not in (None, 1):
-            raise KdlibError(
-                f"{type(plain).__name__} changes its logits after the head ({name}); expected hidden states times a "
-                "matrix. Choose a model without it, such as a Llama, GPT-2 or Qwen."
-            )
+    if (scaled := _scales_logits(plain)) is not None:
+        raise KdlibError(
+            f"{type(plain).__name__} changes its logits after the head ({scaled}); expected hidden states times a "
+            "matrix. Choose a model without it, such as a Llama, GPT-2 or Qwen."
+        )
     layer = plain.get_output_embeddings()
     return layer.weight, layer.bias
+
+
+def has_linear_head(model: nn.Module) -> bool:
+    """Whether :func:`head` gives the logits: not for an ensemble, nor for a model that scales or caps them."""
+    plain = _plain(model)
+    return isinstance(getattr(plain, "lm_head", None), nn.Linear) and _scales_logits(plain) is None
+
+
+def _scales_logits(plain: PreTrainedModel) -> str | None:
+    config = plain.config.get_text_config()
+    names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    return next((name for name in names if getattr(config, name, None) not in (None, 1)), None)
 
 
 def attention_mask(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

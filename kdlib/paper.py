@@ -27,8 +27,9 @@ TINYTEX = {"linux-x86_64": "x86_64-linux", "darwin-x86_64": "universal-darwin", 
 def missing(profile: str) -> list[Path]:
     """Analysis outputs that the paper needs and that are not there."""
     tables, drawn = runs.results(profile), figures.folder(profile)
-    wanted = [tables / "numbers" / f"{notebook}.json" for notebook in report.ANALYSES]
-    for stems, pictures in report.ANALYSES.values():
+    analyses = report.analyses(runs.grids(profile))
+    wanted = [tables / "numbers" / f"{notebook}.json" for notebook in analyses]
+    for stems, pictures in analyses.values():
         wanted += [tables / f"{stem}.csv" for stem in stems] + [drawn / f"{stem}.pdf" for stem in pictures]
     return [path for path in wanted if not path.is_file()]
 
@@ -65,9 +66,12 @@ def generate(profile: str) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / "numbers.tex").write_text(report.latex_macros(found), encoding="utf-8")
+    written = [stem for stems, _ in report.analyses(runs.grids(profile)).values() for stem in stems]
     for name, table in report.TABLES.items():
+        if table.csv not in written:
+            continue  # of a grid that this profile does not have; main.tex leaves its section out
         (folder / f"table-{name}.tex").write_text(report.latex_table(table, profile), encoding="utf-8")
-    for stem in report.FINDINGS:
+    for stem in [stem for stem in report.FINDINGS if stem in written]:
         items = [f"\\item {report.latex(sentence)}\n" for sentence in report.findings(profile, stem)]
         (folder / f"findings-{stem}.tex").write_text("".join(items), encoding="utf-8")
     return folder
@@ -155,7 +159,12 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m kdlib.paper", description="Build the paper of a profile from its results."
     )
     parser.add_argument("--profile", required=True, help="name, or path of a .yaml file")
-    profile = parser.parse_args(arguments).profile
+    parser.add_argument("--analyses", action="store_true", help="only name the notebooks that the paper is drawn from")
+    options = parser.parse_args(arguments)
+    profile = options.profile
+    if options.analyses:
+        print(*report.analyses(runs.grids(profile)), sep="\n")
+        return 0
     try:
         print(build(profile))
         # A results home apart from the repository has no README to redraw.

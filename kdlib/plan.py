@@ -11,7 +11,17 @@ from functools import cache, cached_property
 
 from kdlib import runs, sources
 from kdlib.errors import KdlibError
-from kdlib.profiles import NOTEBOOKS, Parameters, Profile, load, parameters
+from kdlib.profiles import (
+    NOTEBOOKS,
+    ON_LOGITS,
+    ON_OUTCOMES,
+    Parameters,
+    Profile,
+    StudentParameters,
+    TargetParameters,
+    load,
+    parameters,
+)
 from kdlib.revisions import code_versions
 
 # The modules whose code determines a run of each kind, beyond what its inputs already carry.
@@ -21,6 +31,7 @@ CODE = {
     "targets": ("producers", "models", "cache"),
     "student": ("producers", "models", "losses", "cache", "training", "evaluation"),
     "ensemble": ("producers", "models", "ensemble", "evaluation"),
+    "fidelity": ("producers", "models", "losses", "cache", "fidelity"),
 }
 NOTEBOOK = {
     "corpus": "01_corpus",
@@ -28,6 +39,7 @@ NOTEBOOK = {
     "targets": "03_targets",
     "student": "04_student",
     "ensemble": "05_ensemble",
+    "fidelity": "06_fidelity",
 }
 
 
@@ -48,7 +60,7 @@ class Step:
             "parameters": self.parameters.identity(),
             "inputs": {name: step.id for name, step in self.inputs.items()},
             "sources": _source_identities(self),
-            "code": code_versions(CODE[self.kind]),
+            "code": code_versions((*CODE[self.kind], *_further_code(self.parameters))),
         }
 
     @cached_property
@@ -65,6 +77,19 @@ class Step:
         if found := runs.find(self.parameters.profile, self.id):
             return found
         raise KdlibError(f"{self.id} ({self.label or self.kind}) has not been made yet. Make it with: {command(self)}")
+
+
+def _further_code(values: Parameters) -> list[str]:
+    """Modules that shape only those students that ask for them."""
+    if not isinstance(values, StudentParameters):
+        return []
+    uses = {
+        "initialisation": values.initialisation != "random" or values.noise > 0,
+        "schedules": bool(values.stages or values.kd_weight_schedule or values.temperature_schedule),
+        "selection": values.selection is not None,
+        "synthetic": values.text != "real",
+    }
+    return [module for module, used in uses.items() if used]
 
 
 def _source_identities(step: Step) -> dict[str, str]:
@@ -95,17 +120,52 @@ def step(values: Parameters, label: str = "") -> Step:
         return Step(kind, values, inputs, label or f"teacher {values.adaptation}")
     if kind == "targets":
         inputs["teacher"] = step(parameters("02_teacher", profile, adaptation=values.teacher))
+        if values.source == "dense":
+            inputs["dense"] = step(parameters("03_targets", profile, teacher=values.teacher, kind="dense"))
         return Step(kind, values, inputs, label or f"targets {values.kind}")
+    if kind == "fidelity":
+        student = parameters("04_student", profile, **{**values.student, "seed": values.seed})
+        if student.objective != "kd":
+            raise KdlibError(
+                f"The fidelity of targets is that of a student with objective kd; found {student.objective}."
+            )
+        inputs |= _student_inputs(student) | {"student": step(student)}
+        inputs["teacher"] = inputs["targets"].inputs["teacher"]
+        return Step(kind, values, inputs, label or f"fidelity of seed {values.seed}")
     if kind == "student":
-        if values.objective == "kd":
-            inputs["targets"] = step(parameters("03_targets", profile, teacher=values.teacher))
-        elif values.objective == "online_kd":
-            inputs["teacher"] = step(parameters("02_teacher", profile, adaptation=values.teacher))
+        inputs |= _student_inputs(values)
         name = values.objective if values.epochs else "untrained"
         return Step(kind, values, inputs, label or f"student {name} seed {values.seed}")
     for seed in values.seeds:
         inputs[f"member {seed}"] = step(parameters("04_student", profile, **{**values.student, "seed": seed}))
     return Step(kind, values, inputs, label or f"ensemble of {len(values.seeds)}, {values.pool} pool")
+
+
+def _student_inputs(values: StudentParameters) -> dict[str, Step]:
+    profile, inputs = values.profile, {}
+    selects = values.selection.by if values.selection else ""
+    if values.objective == "online_kd" or values.initialisation != "random" or values.text == "teacher":
+        inputs["teacher"] = step(parameters("02_teacher", profile, adaptation=values.teacher))
+    if values.objective == "kd" or selects.startswith("teacher"):
+        # Sparse targets serve the temperature they were written at, and no other.
+        wanted = {"teacher": values.teacher, "temperature": values.temperature, **values.targets}
+        targets = parameters("03_targets", profile, **wanted)
+        if values.objective == "kd":
+            _refuse_unserved(values.divergence, targets)
+        inputs["targets"] = step(targets)
+    if selects == "student_nll":
+        inputs["scorer"] = step(parameters("04_student", profile, objective="ce", seed=1))
+    return inputs
+
+
+def _refuse_unserved(divergence: str, targets: TargetParameters) -> None:
+    serve = {"topk": ("forward_kl", *ON_OUTCOMES), "dense": ("forward_kl", *ON_OUTCOMES, *ON_LOGITS)}
+    if divergence not in serve.get(targets.kind, ("forward_kl",)):
+        able = [kind for kind, names in serve.items() if divergence in names]
+        raise KdlibError(
+            f"The divergence {divergence} cannot be computed from targets of kind {targets.kind}, which do not hold what it "
+            f'compares. Use targets={{"kind": "{able[0]}"}}{" or " + able[1] if able[1:] else ""}, objective online_kd, or forward_kl.'
+        )
 
 
 def _kind(values: Parameters) -> str:
@@ -119,6 +179,23 @@ def _kind(values: Parameters) -> str:
 
 @cache
 def study(profile: str) -> tuple[Step, ...]:
+    """Every run that the profile is made of, upstream first: its comparison, then its grids."""
+    grids = [one for name in load(profile).study.grids for one in grid(profile, name)]
+    return tuple(_with_upstream([*comparison(profile), *grids]))
+
+
+def grid(profile: str, name: str) -> tuple[Step, ...]:
+    """Every run of one of the profile's grids, upstream first."""
+    settings, steps = load(profile).study.grids[name], []
+    for cell in settings.cells:
+        told = ", ".join(f"{key} {value}" for key, value in cell.items())
+        for seed in settings.seeds:
+            values = parameters("06_fidelity", profile, student=cell, seed=seed)
+            steps.append(step(values, f"fidelity of {told} seed {seed}"))
+    return tuple(_with_upstream(steps))
+
+
+def comparison(profile: str) -> tuple[Step, ...]:
     """Every run of the profile's comparison, upstream first."""
     settings: Profile = load(profile)
     wanted = settings.study
@@ -153,12 +230,17 @@ def write(profile: str) -> None:
     """Keep the plan beside the results, for analyses and for whoever regenerates figures later."""
     folder = runs.results(profile)
     folder.mkdir(parents=True, exist_ok=True)
-    entries = [
-        {"id": one.id, "label": one.label, "inputs": [upstream.id for upstream in one.inputs.values()]}
-        for one in study(profile)
+    found = {"profile": profile, "runs": _entries(comparison(profile))}
+    if grids := load(profile).study.grids:
+        found["grids"] = {name: _entries(grid(profile, name)) for name in grids}
+    if not (folder / "plan.json").is_file() or runs.read_json(folder / "plan.json") != found:
+        runs.write_json(folder / "plan.json", found)
+
+
+def _entries(steps: tuple[Step, ...]) -> list[dict]:
+    return [
+        {"id": one.id, "label": one.label, "inputs": [upstream.id for upstream in one.inputs.values()]} for one in steps
     ]
-    if not (folder / "plan.json").is_file() or runs.read_json(folder / "plan.json")["runs"] != entries:
-        runs.write_json(folder / "plan.json", {"profile": profile, "runs": entries})
 
 
 def changes(one: Step) -> dict:

@@ -4,7 +4,9 @@ import gc
 import resource
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +15,28 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from kdlib import corpus, documents, models, progress, runs, sources, vocabulary
-from kdlib.cache import TargetCache, write_targets
+from kdlib import (
+    corpus,
+    documents,
+    fidelity,
+    initialisation,
+    models,
+    progress,
+    runs,
+    selection,
+    sources,
+    synthetic,
+    vocabulary,
+)
+from kdlib.cache import DenseTeacher, Kind, ModelTeacher, TargetCache, write_targets
 from kdlib.cache.reader import guard
 from kdlib.ensemble.model import EnsembleForCausalLM
-from kdlib.evaluation import Evaluation, evaluate
+from kdlib.evaluation import Evaluation, evaluate, predicting_positions
+from kdlib.losses import balance
+from kdlib.losses.features import FeatureLoss
 from kdlib.plan import Step
-from kdlib.training import DistillationTrainer
+from kdlib.schedules import Stage, stage_ends
+from kdlib.training import DistillationTrainer, steps
 
 if progress.batch():
     transformers.utils.logging.disable_progress_bar()
@@ -138,22 +155,25 @@ def _unpruned(model, tokenizer, precision: str, corpus_run: runs.Run) -> dict:
 def _targets(step: Step, inputs: dict, folder: Path) -> dict:
     values = step.parameters
     split = corpus.load_split(inputs["corpus"].path / "data", "train")
-    model = load_model(inputs["teacher"])
     block_length = _block_length(inputs["corpus"])
+    if values.source == "dense":
+        teacher, flops = DenseTeacher(_open_targets(inputs | {"targets": inputs["dense"]}, split, 1.0)), 0
+    else:
+        model = load_model(inputs["teacher"])
+        rows = 8 if model.device.type == "cpu" else 64
+        teacher = ModelTeacher(model, models.precision(values.precision), rows)
+        flops = models.flops_per_token(model, block_length)
     metrics = write_targets(
         folder / "targets",
-        model,
+        teacher,
         split,
         target_guard(inputs["corpus"], split, inputs["teacher"].id),
-        values.kind,
-        values.draws if values.kind == "sampled" else values.top_k,
-        values.temperature,
+        Kind(values.kind, values.draws, values.top_k, values.proposal),
+        1.0 if values.kind == "dense" else values.temperature,
         values.seed,
         block_length,
-        batch_rows=8 if model.device.type == "cpu" else 64,
-        autocast=models.precision(values.precision),
     )
-    return metrics | {"flops": models.flops_per_token(model, block_length) * metrics["tokens"]}
+    return metrics | {"flops": flops * metrics["tokens"]}
 
 
 def _student(step: Step, inputs: dict, folder: Path) -> dict:
@@ -166,34 +186,79 @@ def _student(step: Step, inputs: dict, folder: Path) -> dict:
     shape = models.Shape(
         layers=values.layers, hidden_size=values.hidden_size, heads=values.heads, architecture=values.architecture
     )
-    model = models.build(shape, tokenizer, block_length, values.seed).to(_device())
-    targets = teacher = None
-    if values.objective == "kd":
-        train, teacher_id = data["train"], inputs["targets"].settings["inputs"]["teacher"]
-        targets = TargetCache(
-            inputs["targets"].path / "targets", target_guard(inputs["corpus"], train, teacher_id), values.temperature
-        )
-    elif values.objective == "online_kd":
-        teacher = load_model(inputs["teacher"])
+    attention = "eager" if values.feature == "attention_mse" else None
+    model = models.build(shape, tokenizer, block_length, values.seed, attention).to(_device())
+    teacher = load_model(inputs["teacher"]) if "teacher" in inputs else None
+    if teacher is not None:
         vocabulary.require_same(load_tokenizer(inputs["teacher"]), tokenizer)
+        model = initialisation.initialise(model, teacher, values.initialisation)
+    if values.noise:
+        model = initialisation.perturb(model, values.noise, values.seed)
+    targets = _open_targets(inputs, data["train"], values.temperature) if "targets" in inputs else None
+    data["train"], kept = _text(step, inputs, data["train"], teacher, targets, block_length)
+    loop = values.objective == "online_kd"
     training = _train(
         model,
         values,
         data,
         block_length,
         folder,
-        targets=targets,
-        teacher=teacher,
-        temperature=values.temperature,
-        kd_weight=0.0 if values.objective == "ce" else values.kd_weight,
+        documents=kept,
+        stages=values.stages,
+        targets=targets if values.objective == "kd" else None,
+        teacher=teacher if loop else None,
+        kd_weight=0.0 if values.objective == "ce" else values.kd_weight_schedule or values.kd_weight,
+        temperature=values.temperature_schedule or values.temperature,
+        divergence=values.divergence,
+        divergence_options=values.divergence_options,
+        features=_features(values, model, teacher),
+        feature_weight=values.feature_weight,
+        balance={"none": None, "project": balance.project, "norm": partial(balance.norm, ratio=1.0)}[values.balance],
         multipliers=values.learning_rate_multipliers,
     )
-    if teacher is not None:
+    if loop:
         training["teacher_flops"] = models.flops_per_token(teacher, block_length) * training["tokens"]
     evaluation = _evaluate(model, data, block_length, values.precision)
     metrics = _store(folder, evaluation) | {"training": training, "parameters": models.parameters_by_component(model)}
     _save(model, tokenizer, folder, step, metrics)
     return metrics
+
+
+def _open_targets(inputs: dict, split: corpus.Split, temperature: float) -> TargetCache:
+    teacher = inputs["targets"].settings["inputs"]["teacher"]
+    return TargetCache(inputs["targets"].path / "targets", target_guard(inputs["corpus"], split, teacher), temperature)
+
+
+def _features(values, student, teacher) -> FeatureLoss | None:
+    if values.feature == "none":
+        return None
+    return FeatureLoss(
+        student, teacher, values.feature, values.layer_map, values.last_k, values.relations, seed=values.seed
+    )
+
+
+def _text(
+    step: Step, inputs: dict, train: corpus.Split, teacher, targets: TargetCache | None, block_length: int
+) -> tuple[corpus.Split, list[str] | None]:
+    """The split to train on, and the documents of it that are kept (None: all)."""
+    values, tokenizer = step.parameters, load_tokenizer(inputs["corpus"])
+    tokens = int(train.documents.tokens.sum())
+    if values.text == "uniform":
+        return synthetic.uniform(tokenizer, tokens, block_length, values.seed), None
+    if values.text == "unigram":
+        return synthetic.unigram(train, tokenizer, tokens, block_length, values.seed), None
+    if values.text == "teacher":
+        return synthetic.sampled(teacher, tokenizer, tokens, block_length, values.seed), None
+    if values.selection is None:
+        return train, None
+    if values.selection.by == "student_nll":
+        found = evaluate(load_model(inputs["scorer"]), {"train": train}, block_length, temperature=1.0)
+        scores = np.zeros(len(train.tokens))
+        scores[predicting_positions(train)] = -found.target_logprobs["train"]
+    else:
+        scores = targets.statistics(np.arange(len(train.tokens)))[values.selection.by.removeprefix("teacher_")]
+    table = selection.scores(train, scores)
+    return train, selection.choose(table, round(values.selection.share * tokens), values.selection.mode, values.seed)
 
 
 def _ensemble(step: Step, inputs: dict, folder: Path) -> dict:
@@ -211,26 +276,107 @@ def _ensemble(step: Step, inputs: dict, folder: Path) -> dict:
     return metrics
 
 
+def _fidelity(step: Step, inputs: dict, folder: Path) -> dict:
+    values, data, block_length = step.parameters, _data(inputs["corpus"]), _block_length(inputs["corpus"])
+    settings = step.inputs["student"].parameters
+    student = load_model(inputs["student"])
+    teacher = ModelTeacher(load_model(inputs["teacher"]), models.precision(values.precision))
+    cache = _open_targets(inputs, data["train"], settings.temperature)
+    rows = max(1, values.tokens // block_length)
+    # Spread over the split, the same rows for every cache and student.
+    train = corpus.pack(data["train"].windows(block_length), block_length)
+    train = np.random.default_rng(0).permutation(train)[:rows]
+    test = corpus.pack(data["test"].windows(block_length), block_length)
+    test = np.random.default_rng(0).permutation(test)[:rows]
+    shape = models.Shape(
+        layers=settings.layers,
+        hidden_size=settings.hidden_size,
+        heads=settings.heads,
+        architecture=settings.architecture,
+    )
+    fresh = models.build(shape, load_tokenizer(inputs["corpus"]), block_length, settings.seed).to(_device())
+    evaluated = inputs["student"].metrics["evaluation"]["test"]
+    return {
+        "angle_initial": fidelity.gradient_angle(fresh, teacher, cache, data["train"], train),
+        "angle_trained": fidelity.gradient_angle(student, teacher, cache, data["train"], train),
+        "teacher_kl": fidelity.divergence(student, teacher, data["test"], test),
+        "bytes_per_token": inputs["targets"].metrics["bytes_per_token"],
+        "entries_per_token": inputs["targets"].metrics["distinct_ids_per_token"],
+        "test": {name: evaluated[name] for name in ("nll", "ece", "full_ece", "nll_calibrated")},
+    }
+
+
 def _train(
-    model, values, data: dict[str, corpus.Split], block_length: int, folder: Path, tokens: int | None = None, **options
+    model,
+    values,
+    data: dict[str, corpus.Split],
+    block_length: int,
+    folder: Path,
+    tokens: int | None = None,
+    documents: list[str] | None = None,
+    stages: Sequence[Stage] = (),
+    multipliers: dict | None = None,
+    features: FeatureLoss | None = None,
+    **options,
 ) -> dict:
     train, validation = data["train"], data["validation"]
-    windows = train.windows(block_length)
+    windows = train.windows(block_length, documents)
     if tokens is not None:
         windows = windows[: max(1, int(np.searchsorted(windows[:, 1].cumsum(), tokens, side="right")))]
-    trainer = DistillationTrainer(
-        model,
-        values,
-        train,
-        corpus.pack(windows, block_length),
-        folder,
-        validation=validation,
-        validation_index=corpus.pack(validation.windows(block_length), block_length),
-        **options,
-    )
-    training = trainer.fit()
+    index = corpus.pack(windows, block_length)
+    parts = _staged(values, stages, len(index)) if stages else [(values, multipliers)]
+    found = []
+    for number, (settings, multipliers) in enumerate(parts):
+        if stages:
+            for trained in (model, features or model):
+                trained.requires_grad_(True)  # what the stage before froze
+        trainer = DistillationTrainer(
+            model,
+            settings,
+            train,
+            index,
+            folder / f"stage-{number}" if stages else folder,
+            validation=validation,
+            validation_index=corpus.pack(validation.windows(block_length), block_length),
+            multipliers=multipliers,
+            features=features,
+            **options,
+        )
+        found.append(trainer.fit())
+    if stages:
+        _join_stages(folder, len(stages))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return training
+    sums = {name: sum(one[name] for one in found) for name in ("tokens", "steps", "seconds", "flops")}
+    return sums | {
+        "tokens_per_second": sums["tokens"] / sums["seconds"] if sums["tokens"] else None,
+        "peak_memory_bytes": max(one["peak_memory_bytes"] for one in found),
+        "final_loss": found[-1]["final_loss"],
+    }
+
+
+def _staged(values, stages: Sequence[Stage], rows: int) -> list[tuple]:
+    """Settings and multipliers of each stage; together they take the steps of a run without stages."""
+    an_epoch = steps(values.model_copy(update={"epochs": 1}), rows)
+    parts = []
+    for number, (begin, end) in enumerate(pairwise([0, *stage_ends(stages, steps(values, rows))])):
+        # With the seed of the stage before, a stage would begin with the rows that one began with.
+        changes = {"epochs": (end - begin) / an_epoch, "seed": values.seed + number}
+        parts.append((values.model_copy(update=changes), stages[number].learning_rate_multipliers))
+    return parts
+
+
+def _join_stages(folder: Path, stages: int) -> None:
+    """One log of a run's stages, in which steps, tokens, epochs and seconds count on; the stages' own folders go."""
+    logs, done = [], {}
+    for number in range(stages):
+        log = pd.read_csv(folder / f"stage-{number}" / "log.csv", dtype=str, keep_default_na=False)
+        for name, kind in {"step": int, "epoch": float, "tokens": int, "seconds": float}.items():
+            log[name] = log[name].astype(kind) + done.get(name, 0)
+            done[name] = log[name].iloc[-1]
+        logs.append(log)
+    pd.concat(logs).to_csv(folder / "log.csv", index=False)
+    for number in range(stages):
+        shutil.rmtree(folder / f"stage-{number}")
 
 
 def _evaluate(model, data: dict[str, corpus.Split], block_length: int, precision: str) -> Evaluation:
@@ -313,6 +459,7 @@ PRODUCERS: dict[str, Callable[[Step, dict, Path], dict]] = {
     "targets": _targets,
     "student": _student,
     "ensemble": _ensemble,
+    "fidelity": _fidelity,
 }
 
 

@@ -6,7 +6,9 @@ notebook, so a notebook run with ``--profile quick`` and one run by hand with th
 """
 
 import difflib
+import math
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from kdlib.errors import KdlibError
+from kdlib.schedules import Schedule, Stage
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -21,6 +24,19 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Adaptation = Literal["frozen", "lora", "full", "scratch"]
 Pool = Literal["probability", "logit"]
 Precision = Literal["auto", "float32", "bfloat16"]
+TargetKind = Literal["sampled", "topk", "topk_sampled", "dense"]
+Multipliers = dict[str, Annotated[float, Field(ge=0)]]
+# Those that need the whole of the teacher's distribution, or all of it but the mass of a tail, and those that need nothing more
+# than unbiased draws; kdlib.losses.divergences says why.
+ON_OUTCOMES = ("reverse_kl", "jeffreys", "jsd", "skewed_kl", "skewed_reverse_kl", "tvd")
+ON_LOGITS = ("logit_mse", "sinkhorn", "mutual_information")
+OPTIONS = {
+    "jsd": ("beta",),
+    "skewed_kl": ("alpha",),
+    "skewed_reverse_kl": ("alpha",),
+    "sinkhorn": ("group", "regularisation", "iterations"),
+    "mutual_information": ("group", "critic_temperature"),
+}
 
 
 class Parameters(BaseModel):
@@ -33,8 +49,12 @@ class Parameters(BaseModel):
     )
 
     def identity(self) -> dict[str, Any]:
-        """The values that determine the run's result, for its run id (not the profile's name, nor how fast it runs)."""
-        return self.model_dump(mode="json", exclude={"profile", "compile"})
+        """The values that determine the run's result, for its run id (not the profile's name, nor how fast it runs).
+
+        A field with a default is left out at that default: it was added later, and its default is what runs did before,
+        so that their ids stay as they are.
+        """
+        return self.model_dump(mode="json", exclude={"profile", "compile"}, exclude_defaults=True)
 
 
 class CorpusParameters(Parameters):
@@ -106,20 +126,53 @@ class TargetParameters(Parameters):
     """``03_targets``: the teacher's distributions on the train split, on disk."""
 
     teacher: Adaptation = Field(description="which teacher of the profile writes")
-    kind: Literal["sampled", "topk"] = Field(
-        description="sampled: unbiased draws; topk: the k largest and the exact tail mass"
+    kind: TargetKind = Field(
+        description="sampled: unbiased draws; topk: the k largest and the exact tail mass; topk_sampled: the k largest and "
+        "draws from the rest; dense: the whole distribution"
     )
-    draws: int = Field(ge=1, le=255, description="draws a token (kind=sampled)")
-    top_k: int = Field(ge=1, le=4096, description="ids a token (kind=topk)")
+    draws: int = Field(ge=1, le=255, description="draws a token (kind=sampled, topk_sampled)")
+    top_k: int = Field(ge=1, le=4096, description="ids a token (kind=topk, topk_sampled)")
+    source: Literal["teacher", "dense"] = Field(
+        "teacher", description="dense: drawn from the profile's dense targets, without running the teacher again"
+    )
+    proposal: float = Field(
+        1.0, gt=0, le=1.5, description="rho: draws come from t^rho and are weighted back (kind=sampled, topk_sampled)"
+    )
     temperature: float = Field(gt=0, le=100, description="temperature of the distribution that is kept")
     seed: int = Field(ge=0, description="of the draws")
     precision: Precision = Field(description="autocast of the teacher's forward pass")
 
+    @model_validator(mode="after")
+    def _dense_is_the_source(self):
+        if self.kind == self.source == "dense":
+            raise ValueError("dense targets are written by the teacher; leave out source")
+        return self
+
     def identity(self) -> dict[str, Any]:
-        """Leaves out the other kind's size, and the seed where nothing is drawn."""
+        """Leaves out the other kinds' sizes, and the seed where nothing is drawn."""
         values = super().identity()
-        unread = {"sampled": {"top_k"}, "topk": {"draws", "seed"}}[self.kind]
+        unread = {
+            "sampled": {"top_k"},
+            "topk": {"draws", "proposal", "seed"},
+            "topk_sampled": set(),
+            "dense": {"draws", "top_k", "proposal", "seed", "temperature"},
+        }[self.kind]
         return {name: value for name, value in values.items() if name not in unread}
+
+
+class Selection(BaseModel):
+    """Part of the training text, by what the teacher or a student makes of its documents."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    by: Literal["teacher_entropy", "teacher_nll", "student_nll"] = Field(
+        description="mean over a document's tokens of the teacher's entropy, its loss, or that of the profile's first "
+        "cross-entropy student"
+    )
+    mode: Literal["highest", "lowest", "middle", "random"] = Field(
+        description="which documents of that order come first"
+    )
+    share: float = Field(gt=0, le=1, description="tokens kept, as a share of the train split's")
 
 
 class StudentParameters(TrainingParameters):
@@ -137,9 +190,50 @@ class StudentParameters(TrainingParameters):
     layers: PositiveInt = Field(description="depth")
     hidden_size: PositiveInt = Field(description="width")
     heads: PositiveInt = Field(description="attention heads")
-    learning_rate_multipliers: dict[str, Annotated[float, Field(ge=0)]] = Field(
+    learning_rate_multipliers: Multipliers = Field(
         description="regular expression on parameter names: multiplier of the learning rate; 0 freezes; first match wins"
     )
+    targets: dict[str, Any] = Field(
+        {}, description="what sets its targets apart from the profile's targets section (objective=kd)"
+    )
+    divergence: Literal[("forward_kl", *ON_OUTCOMES, *ON_LOGITS)] = Field(
+        "forward_kl", description="of the KD term, from the teacher's distribution to the student's"
+    )
+    divergence_options: dict[str, int | float] = Field(
+        {}, description="further arguments of the divergence, such as beta of jsd or alpha of skewed_kl"
+    )
+    kd_weight_schedule: Schedule | None = Field(None, description="kd_weight over training, in place of a constant")
+    temperature_schedule: Schedule | None = Field(
+        None, description="temperature over training (objective=online_kd, or dense targets)"
+    )
+    feature: Literal["none", "hidden_mse", "hidden_cosine", "attention_mse", "relation"] = Field(
+        "none", description="a loss on hidden states or attention beside the others (objective=online_kd)"
+    )
+    feature_weight: float = Field(1.0, gt=0, description="weight of the feature loss, added to the others")
+    layer_map: Literal["last", "last_k", "all", "uniform_consecutive", "uniform_last"] = Field(
+        "uniform_consecutive", description="which student layer learns from which teacher layers"
+    )
+    last_k: PositiveInt | None = Field(None, description="k of layer_map=last_k")
+    relations: list[Literal["query", "key", "value"]] = Field(
+        ["query", "key", "value"], min_length=1, description="vectors compared by feature=relation"
+    )
+    balance: Literal["none", "project", "norm"] = Field(
+        "none",
+        description="project: the feature loss's gradient loses what opposes the main one; norm: it is never the longer",
+    )
+    initialisation: Literal["random", "embeddings", "every_nth", "identical"] = Field(
+        "random", description="weights taken from the teacher: none, its embeddings, every n-th layer, all"
+    )
+    noise: float = Field(
+        0.0, ge=0, le=10, description="parameter noise at the start, in standard deviations of each matrix"
+    )
+    stages: list[Stage] = Field(
+        [], description="parts of the training with learning-rate multipliers and an optimiser of their own"
+    )
+    text: Literal["real", "uniform", "unigram", "teacher"] = Field(
+        "real", description="trained on: the corpus, random tokens, or text that the teacher wrote (not objective=kd)"
+    )
+    selection: Selection | None = Field(None, description="part of the training text; None takes all of it")
 
     @model_validator(mode="after")
     def _heads_divide_width(self):
@@ -149,11 +243,74 @@ class StudentParameters(TrainingParameters):
             )
         return self
 
+    @model_validator(mode="after")
+    def _settings_agree(self):
+        needs_teacher = {
+            "feature": self.feature != "none",
+            "temperature_schedule": self.temperature_schedule is not None,
+        }
+        for name, asked in needs_teacher.items():
+            if asked and self.objective != "online_kd":
+                raise ValueError(f"{name} needs the teacher in the loop, objective=online_kd; found {self.objective}")
+        if self.divergence != "forward_kl" and self.objective == "ce":
+            raise ValueError(f"divergence {self.divergence} needs a teacher; found objective ce")
+        allowed = OPTIONS.get(self.divergence, ())
+        if not set(self.divergence_options) <= set(allowed):
+            raise ValueError(
+                f"divergence {self.divergence} takes the options {', '.join(allowed) or 'none'}; found {self.divergence_options}"
+            )
+        weight, temperature = self.kd_weight_schedule, self.temperature_schedule
+        if weight and not all(0 <= end <= 1 for end in (weight.start, weight.end)):
+            raise ValueError(f"kd_weight_schedule must lie in 0..1; found {weight.start} to {weight.end}")
+        if temperature and not all(0 < end <= 100 for end in (temperature.start, temperature.end)):
+            raise ValueError(
+                f"temperature_schedule must lie above 0 and not above 100; found {temperature.start} to {temperature.end}"
+            )
+        if self.text != "real" and (self.objective == "kd" or self.selection):
+            raise ValueError(
+                f"text {self.text!r} is made in the run, so cached targets and selection do not know it; use ce or online_kd"
+            )
+        if self.stages and self.learning_rate_multipliers:
+            raise ValueError("with stages, each has its own learning_rate_multipliers; leave those of the run empty")
+        shares = [stage.share for stage in self.stages]
+        if shares and not math.isclose(sum(shares), 1, abs_tol=1e-6):
+            raise ValueError(
+                f"the shares of the stages must add up to 1; found {shares}, which add up to {sum(shares):g}"
+            )
+        if self.stages and (self.kd_weight_schedule or self.temperature_schedule):
+            raise ValueError(
+                "a schedule would begin anew in every stage; leave out stages, or kd_weight_schedule and temperature_schedule"
+            )
+        if (self.layer_map == "last_k") != (self.last_k is not None):
+            raise ValueError("last_k belongs to layer_map=last_k, which needs it")
+        return self
+
     def identity(self) -> dict[str, Any]:
-        """Cross-entropy reads neither teacher, weight nor temperature."""
+        """Cross-entropy reads neither teacher, weight nor temperature; targets count as the run that they come from."""
         values = super().identity()
-        unread = {"kd_weight", "temperature", "teacher"} if self.objective == "ce" else set()
+        unread = {"targets"}
+        if self.objective == "ce":
+            unread |= {"kd_weight", "temperature", "kd_weight_schedule"}
+            if self.initialisation == "random" and self.text != "teacher":
+                unread |= {"teacher"}
+        if self.kd_weight_schedule:
+            unread |= {"kd_weight"}
+        if self.temperature_schedule:
+            unread |= {"temperature"}
+        if self.feature == "none":
+            unread |= {"feature_weight", "layer_map", "last_k", "balance"}
+        if self.feature != "relation":
+            unread |= {"relations"}
         return {name: value for name, value in values.items() if name not in unread}
+
+
+class FidelityParameters(Parameters):
+    """``06_fidelity``: how near a student's targets, and the student itself, come to the teacher's whole distribution."""
+
+    student: dict[str, Any] = Field(description="what sets the student apart from the profile's student section")
+    seed: int = Field(ge=0, description="of the student")
+    tokens: PositiveInt = Field(description="tokens of train text for the gradients, and of test text for the KL")
+    precision: Precision = Field(description="autocast of teacher and student")
 
 
 class EnsembleParameters(Parameters):
@@ -175,6 +332,22 @@ class TourParameters(Parameters):
     """``00_tour``: the whole idea on a handful of documents."""
 
 
+class Grid(BaseModel):
+    """A study of single students: settings that differ from the profile's student section, each with the same seeds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, description="one student a seed")
+    students: list[dict[str, Any]] = Field([{}], min_length=1, description="what sets each apart from the section")
+    vary: dict[str, list[Any]] = Field({}, description="parameter: values; every combination, with each of students")
+
+    @property
+    def cells(self) -> list[dict[str, Any]]:
+        """The settings of every cell of the grid."""
+        combinations = [dict(zip(self.vary, values, strict=True)) for values in product(*self.vary.values())]
+        return [{**student, **changes} for student in self.students for changes in combinations]
+
+
 class Study(BaseModel):
     """Which runs make up the profile's comparison."""
 
@@ -187,6 +360,7 @@ class Study(BaseModel):
     repeats: int = Field(
         ge=1, description="independent ensembles of each kind; single models have members x repeats seeds"
     )
+    grids: dict[Literal["targets"], Grid] = Field({}, description="further studies, by the name of their analysis")
 
 
 class Profile(BaseModel):
@@ -200,6 +374,7 @@ class Profile(BaseModel):
     teacher: TeacherParameters
     targets: TargetParameters
     student: StudentParameters
+    fidelity: FidelityParameters
     ensemble: EnsembleParameters
     analysis: AnalysisParameters
     study: Study
@@ -213,7 +388,9 @@ NOTEBOOKS: dict[str, tuple[type[Parameters], str]] = {
     "03_targets": (TargetParameters, "targets"),
     "04_student": (StudentParameters, "student"),
     "05_ensemble": (EnsembleParameters, "ensemble"),
+    "06_fidelity": (FidelityParameters, "fidelity"),
     "10_objectives": (AnalysisParameters, "analysis"),
+    "11_target_fidelity": (AnalysisParameters, "analysis"),
     "12_methods": (AnalysisParameters, "analysis"),
     "15_calibration": (AnalysisParameters, "analysis"),
     "17_cost": (AnalysisParameters, "analysis"),
@@ -249,7 +426,7 @@ def _loaded(name: str, path: Path, modified: int) -> Profile:
         raise KdlibError(f"Profile {path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise KdlibError(f"Profile {path} must hold a mapping with the sections {', '.join(Profile.model_fields)}.")
-    for section in ("corpus", "teacher", "targets", "student", "ensemble", "analysis"):
+    for section in ("corpus", "teacher", "targets", "student", "fidelity", "ensemble", "analysis"):
         if isinstance(values.get(section), dict):
             values[section] = {"profile": name, **values[section]}
     found = _validated(Profile, values, f"profile {name!r}")

@@ -24,17 +24,26 @@ ANALYSES = {
         ["objectives", "objectives_seeds", "objectives_differences", "learning_curves"],
         ["objectives", "learning_curves"],
     ),
+    "11_target_fidelity": (["targets", "targets_runs", "targets_differences"], ["targets"]),
     "12_methods": (["methods", "methods_differences"], ["methods"]),
     "15_calibration": (["calibration", "reliability"], ["reliability"]),
     "17_cost": (["runs", "setup", "corpus", "vocabulary", "cost"], ["cost"]),
 }
+# Analyses of a grid of the profile, which not every profile has.
+GRIDS = {"11_target_fidelity": "targets"}
 # Tables whose rows are sentences: what a study found.
-FINDINGS = ("objectives_differences", "methods_differences")
+FINDINGS = ("objectives_differences", "methods_differences", "targets_differences")
 README_PROFILE = "laptop"
 README_FIGURES = {
     "methods": "Negative log-likelihood of every method on test and out-of-domain text, with intervals",
     "objectives": "Students with and without soft targets, seed by seed, and the differences with intervals",
 }
+
+
+def analyses(grids: Iterable[str]) -> dict[str, tuple[list[str], list[str]]]:
+    """The part of :data:`ANALYSES` that a profile with these grids has."""
+    grids = set(grids)
+    return {name: written for name, written in ANALYSES.items() if name not in GRIDS or GRIDS[name] in grids}
 
 
 def save_table(frame: pd.DataFrame, profile: str, stem: str) -> None:
@@ -129,7 +138,7 @@ def numbers(profile: str) -> dict[str, str]:
         KdlibError: an analysis has not been run.
     """
     found = {}
-    for notebook in ANALYSES:
+    for notebook in analyses(runs.grids(profile)):
         path = runs.results(profile) / "numbers" / f"{notebook}.json"
         if not path.is_file():
             raise KdlibError(
@@ -197,6 +206,17 @@ _COST = {
     "Bytes/token": "{bytes_per_token:.1f}",
 }
 _VOCABULARY = {"Teacher": "{teacher}", "Vocabulary": "{vocabulary:,}", "Bits/byte": "{bits_per_byte:.3f}"}
+_TARGETS = {
+    "Targets": "{targets}",
+    "Runs": "{runs}",
+    "Bytes/token": "{bytes_per_token:.1f}",
+    "Ids/token": "{entries_per_token:.1f}",
+    "Angle, untrained": "{angle_initial:.1f}",
+    "Angle, trained": "{angle_trained:.1f}",
+    "KL to teacher": "{teacher_kl:.3f}",
+    "NLL": "{nll:.3f}",
+    "ECE": "{ece:.3f}",
+}
 TABLES = {
     "corpus": Table("corpus", _CORPUS),
     "vocabulary": Table("vocabulary", _VOCABULARY),
@@ -208,6 +228,8 @@ TABLES = {
     "methods_ood": Table("methods", _METHOD | _LOSS | _QUALITY | _CALIBRATED, {"split": "ood"}),
     "methods_differences": Table("methods_differences", _DIFFERENCE),
     "calibration": Table("calibration", _CALIBRATION),
+    "targets": Table("targets", _TARGETS),
+    "targets_differences": Table("targets_differences", _DIFFERENCE, {"split": "test"}),
     "cost": Table("cost", _COST),
 }
 
@@ -281,9 +303,10 @@ def _results(profile: str) -> str:
         f"{found['setup/train_tokens/si']} tokens of training text, {setup['epochs']} epochs. Losses are nats per "
         "token of test text, with bootstrap intervals over seeds and sources."
     )
-    said = "\n".join(f"- {sentence}" for stem in FINDINGS for sentence in findings(profile, stem))
+    written = [stem for stems, _ in analyses(runs.grids(profile)).values() for stem in stems]
+    said = [f"- {sentence}" for stem in FINDINGS if stem in written for sentence in findings(profile, stem)]
     pictures = [f"![{alt}](figures/{profile}/{stem}.png)" for stem, alt in README_FIGURES.items()]
-    return "\n\n".join([about, markdown_table(table.columns, table.body(profile)), said, *pictures])
+    return "\n\n".join([about, markdown_table(table.columns, table.body(profile)), "\n".join(said), *pictures])
 
 
 def _benchmarks(path: Path) -> str:
@@ -291,5 +314,8 @@ def _benchmarks(path: Path) -> str:
         return "Not measured yet: `benchmarks/results.csv` is missing."
     with open(path, newline="", encoding="utf-8") as file:
         measured = list(csv.DictReader(file))
-    body = [[row["what"], row["target"], f"{row['measured']} {row['unit']} ({row['detail']})", row["device"]] for row in measured]
+    body = [
+        [row["what"], row["target"], f"{row['measured']} {row['unit']} ({row['detail']})", row["device"]]
+        for row in measured
+    ]
     return markdown_table(["What", "Target", "Measured", "Device"], body)

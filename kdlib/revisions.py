@@ -28,11 +28,16 @@ MODULES = (
     "corpus",
     "vocabulary",
     "models",
+    "initialisation",
     "losses",
     "cache",
+    "schedules",
+    "selection",
+    "synthetic",
     "training",
     "ensemble",
     "evaluation",
+    "fidelity",
     "producers",
 )
 

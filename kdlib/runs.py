@@ -186,8 +186,14 @@ def _git(*arguments: str) -> str:
         return ""
 
 
-def table(profile: str) -> pd.DataFrame:
-    """Every run of the profile's plan, a row each: id, kind, label and settings; index is the id.
+def grids(profile: str) -> list[str]:
+    """Names of the grids that the profile's results hold, by ``results/<profile>/plan.json``; none if there is no plan."""
+    plan = results(profile) / "plan.json"
+    return list(read_json(plan).get("grids", {})) if plan.is_file() else []
+
+
+def table(profile: str, grid: str | None = None) -> pd.DataFrame:
+    """Every run of the profile's comparison, or of one of its grids, a row each: id, kind, label and settings; index is the id.
 
     Reads ``results/<profile>/plan.json``, so committed results are found whatever the code has become since.
 
@@ -200,7 +206,8 @@ def table(profile: str) -> pd.DataFrame:
             f"No results of profile {profile!r} in {plan.parent}. Make them with: make paper PROFILE={profile}"
         )
     rows, missing = [], []
-    for entry in json.loads(plan.read_text())["runs"]:
+    planned = json.loads(plan.read_text())
+    for entry in planned["runs"] if grid is None else planned.get("grids", {}).get(grid, []):
         run = find(profile, entry["id"])
         if run is None:
             missing.append(f"{entry['label']} ({entry['id']})")

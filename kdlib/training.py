@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -25,8 +26,11 @@ from kdlib import corpus, models
 from kdlib.cache import TargetCache
 from kdlib.errors import KdlibError
 from kdlib.losses import DenseTargets, linear_distillation_loss
+from kdlib.losses.balance import backward as balance_gradients
+from kdlib.losses.features import FeatureLoss
 from kdlib.profiles import TrainingParameters
 from kdlib.progress import bar
+from kdlib.schedules import Schedule, as_schedule
 
 LOG_COLUMNS = (
     "step",
@@ -34,6 +38,9 @@ LOG_COLUMNS = (
     "loss",
     "ce",
     "kd",
+    "feature",
+    "kd_weight",
+    "temperature",
     "learning_rate",
     "tokens",
     "seconds",
@@ -84,7 +91,11 @@ class DistillationTrainer(Trainer):
         folder: for checkpoints and the per-step log; a run interrupted there is taken up again.
         targets: cached teacher targets (objective kd), or None.
         teacher: model in the loop (objective online_kd), or None. It is never trained and runs without dropout.
-        kd_weight, temperature: of the loss; 0 without targets or teacher.
+        kd_weight, temperature: of the loss, constant or on a schedule; weight 0 without targets or teacher.
+        divergence, divergence_options: of the KD term, see :func:`kdlib.losses.linear_distillation_loss`.
+        features, feature_weight: a loss on what student and teacher compute inside, added to the others, and its weight.
+            The student's body is not compiled then, and the projectors train along and are dropped in the end.
+        balance: how the gradient of ``features`` gives way to the main one, see :mod:`kdlib.losses.balance`; None adds them.
         multipliers: regular expression on parameter names -> learning-rate multiplier; the first match wins, 0 freezes.
         validation, validation_index: measured a few times along the way; a short run measures only every n-th row.
 
@@ -102,8 +113,13 @@ class DistillationTrainer(Trainer):
         folder: Path,
         targets: TargetCache | None = None,
         teacher: nn.Module | None = None,
-        kd_weight: float = 0.0,
-        temperature: float = 1.0,
+        kd_weight: float | Schedule = 0.0,
+        temperature: float | Schedule = 1.0,
+        divergence: str = "forward_kl",
+        divergence_options: dict | None = None,
+        features: FeatureLoss | None = None,
+        feature_weight: float = 1.0,
+        balance: Callable | None = None,
         multipliers: dict[str, float] | None = None,
         validation: corpus.Split | None = None,
         validation_index: np.ndarray | None = None,
@@ -116,7 +132,12 @@ class DistillationTrainer(Trainer):
             raise KdlibError(
                 "Teacher and student share parameters, so one's eval mode and freezing would be the other's. Give the teacher a copy of its own."
             )
-        self.kd_weight, self.temperature, self.teacher = kd_weight, temperature, teacher
+        self.kd_weight, self.temperature, self.teacher = as_schedule(kd_weight), as_schedule(temperature), teacher
+        self.divergence, self.divergence_options = divergence, divergence_options
+        self.features, self.feature_weight, self.balance = features, feature_weight, balance
+        if features is not None and len(features.projectors):
+            # As part of the model they are optimised, clipped and kept in checkpoints like the rest.
+            model.projectors = features.projectors
         self.multipliers = multipliers or {}
         self.autocast = models.precision(settings.precision)
         self.log_path = folder / "log.csv"
@@ -164,12 +185,13 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, False
         self.remove_callback(PrinterCallback)
         self.add_callback(_Progress())
+        self._compiled = settings.compile and _can_compile(self.args.device)
         self._body = models.body(model)
-        if settings.compile and _can_compile(self.args.device):
+        if self._compiled and features is None:
             self._body = torch.compile(self._body, dynamic=False)
         if teacher is not None:
             teacher.to(self.args.device).eval().requires_grad_(False)
-        self._parts = {"ce": 0.0, "kd": 0.0, "tokens": 0}
+        self._parts = dict.fromkeys(("loss", "ce", "kd", "feature", "tokens"), 0)
         self._tokens, self._seconds, self._resumed_at = 0, 0.0, time.perf_counter()
 
     def fit(self) -> dict:
@@ -186,6 +208,8 @@ class DistillationTrainer(Trainer):
         elif checkpoint is not None:
             # Killed after its last step; the Trainer would take one more.
             self._load_from_checkpoint(str(checkpoint))
+        if hasattr(self.model, "projectors"):
+            del self.model.projectors
         rows = read_log(self.log_path)
         losses = [float(row["loss"]) for row in rows if row["loss"]]
         context = len(self.train_dataset[0]) if len(self.train_dataset) else 0
@@ -203,39 +227,53 @@ class DistillationTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Loss of one micro-batch, divided by the tokens of the whole optimisation step."""
-        hidden = self._hidden(self._body, inputs)
-        weight, bias = models.head(self.model)
-        targets = inputs["targets"].to(hidden.device) if "targets" in inputs else None
-        if self.teacher is not None and self.kd_weight > 0:
-            with torch.no_grad():
-                teacher_hidden = self._hidden(models.body(self.teacher), inputs).flatten(0, 1)
-            teacher_weight, teacher_bias = models.head(self.teacher)
-            dtype = self.autocast or teacher_hidden.dtype
-            targets = DenseTargets(
-                teacher_hidden.to(dtype),
-                teacher_weight.to(dtype),
-                None if teacher_bias is None else teacher_bias.to(dtype),
-            )
+        progress = min(1.0, self.state.global_step / max(1, self.steps - 1))
+        kd_weight, temperature = self.kd_weight.value(progress), self.temperature.value(progress)
+        targets = inputs.get("targets")
+        with nullcontext() if self.features is None else self.features.recorded():
+            hidden = self._hidden(self._body, inputs)
+            if self.teacher is not None and (kd_weight > 0 or self.features is not None):
+                targets = self._ask_teacher(inputs)
         parts = linear_distillation_loss(
             hidden.flatten(0, 1),
-            weight,
-            bias,
+            *models.head(self.model),
             inputs["labels"].flatten(),
-            targets,
-            self.kd_weight,
-            self.temperature,
+            None if targets is None else targets.to(hidden.device),
+            kd_weight,
+            temperature,
             num_items_in_batch,
             self.autocast,
+            compiled=self._compiled,
+            divergence=self.divergence,
+            options=self.divergence_options,
         )
-        if not torch.isfinite(parts.loss):
-            self._refuse("loss", parts.loss.item(), self.state.global_step + 1)
+        loss, feature = parts.loss, None
+        if self.features is not None:
+            total, tokens = self.features(inputs["segments"])
+            feature = self.feature_weight * total / (tokens if num_items_in_batch is None else num_items_in_batch)
+            loss = loss + feature
+        if not torch.isfinite(loss):
+            self._refuse("loss", loss.item(), self.state.global_step + 1)
         if model.training:
-            self._parts["ce"] += parts.ce.item()
-            self._parts["kd"] += 0.0 if parts.kd is None else parts.kd.item()
-            self._parts["tokens"] += parts.tokens
+            kd = 0.0 if parts.kd is None else parts.kd.item()
+            feature_sum = 0.0 if feature is None else total.item()
+            mixed = kd_weight * kd + (1 - kd_weight) * parts.ce.item() + self.feature_weight * feature_sum
+            found = {"loss": mixed, "ce": parts.ce.item(), "kd": kd, "feature": feature_sum, "tokens": parts.tokens}
+            self._parts = {name: self._parts[name] + value for name, value in found.items()}
+        if model.training and self.balance is not None and feature is not None:
+            balance_gradients(parts.loss, feature, self.model.parameters(), self.balance)
+            # The gradients are in place; what the Trainer now differentiates must add nothing to them.
+            loss = loss.detach().requires_grad_()
         # Gradients are averaged over processes, while the normaliser already counts all their tokens.
-        loss = parts.loss * self.accelerator.num_processes if num_items_in_batch is not None else parts.loss
+        loss = loss * self.accelerator.num_processes if num_items_in_batch is not None else loss
         return (loss, parts) if return_outputs else loss
+
+    def _ask_teacher(self, inputs) -> DenseTargets:
+        with torch.no_grad():
+            hidden = self._hidden(models.body(self.teacher), inputs).flatten(0, 1)
+        weight, bias = models.head(self.teacher)
+        dtype = self.autocast or hidden.dtype
+        return DenseTargets(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
     def _refuse(self, what: str, value: float, step: int) -> None:
         kept = newest_checkpoint(Path(self.args.output_dir))
@@ -297,16 +335,21 @@ class DistillationTrainer(Trainer):
         # Rows are logged before checkpoints are saved, so weights ruined by this step never become one.
         if not math.isfinite(logs.get("grad_norm", 0.0)):
             self._refuse("gradient's norm", logs["grad_norm"], self.state.global_step)
-        parts, self._parts = self._parts, {"ce": 0.0, "kd": 0.0, "tokens": 0}
+        parts, self._parts = self._parts, dict.fromkeys(self._parts, 0)
         self._tokens += parts["tokens"]
-        per_token = max(1, parts["tokens"])
-        loss = self.kd_weight * parts["kd"] / per_token + (1 - self.kd_weight) * parts["ce"] / per_token
-        self.state.log_history.append({"step": self.state.global_step, "loss": loss})
+        means = {name: parts[name] / max(1, parts["tokens"]) for name in ("loss", "ce", "kd", "feature")}
+        self.state.log_history.append({"step": self.state.global_step, "loss": means["loss"]})
+        # The step that was just taken, counted from 0.
+        progress = min(1.0, (self.state.global_step - 1) / max(1, self.steps - 1))
+        distils, weight = self.kd_weight != as_schedule(0.0), self.kd_weight.value(progress)
         self._write_row(
             {
-                "loss": loss,
-                "ce": parts["ce"] / per_token,
-                "kd": parts["kd"] / per_token if self.kd_weight > 0 else "",
+                "loss": means["loss"],
+                "ce": means["ce"],
+                "kd": means["kd"] if weight > 0 else "",
+                "feature": means["feature"] if self.features is not None else "",
+                "kd_weight": weight if distils else "",
+                "temperature": self.temperature.value(progress) if distils else "",
                 "learning_rate": logs["learning_rate"],
                 "memory_bytes": memory_bytes(),
             }

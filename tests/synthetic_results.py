@@ -32,7 +32,9 @@ def write(profile: str, sources: int = 12, seed: int = 0) -> Path:
                 "device": "invented processor, 2 threads",
             }
         }
-        metrics |= {"corpus": _corpus, "targets": _targets}.get(step.kind, _model)(step, documents, folder, rng)
+        metrics |= {"corpus": _corpus, "targets": _targets, "fidelity": _fidelity}.get(step.kind, _model)(
+            step, documents, folder, rng
+        )
         runs.write_json(folder / "settings.json", step.settings)
         runs.write_json(
             folder / "provenance.json", {"started": "2024-05-01T00:00:00Z", "device": "invented processor, 2 threads"}
@@ -55,6 +57,12 @@ def _documents(corpus: profiles.CorpusParameters, sources: int) -> pd.DataFrame:
     frame = pd.DataFrame(rows, columns=["split", "document", "source", "domain", "tokens", "bytes"])
     frame["difficulty"] = rng.normal(0, 0.3, frame.source.nunique())[pd.factorize(frame.source)[0]]
     return frame
+
+
+def _fidelity(step, documents, folder, rng) -> dict:
+    test = {"nll": 4.9 + 0.01 * rng.normal(), "ece": 0.02, "full_ece": 0.03, "nll_calibrated": 4.89}
+    angles = {"angle_initial": 20 + rng.random(), "angle_trained": 40 + rng.random()}
+    return angles | {"teacher_kl": 1.1, "bytes_per_token": 20 + rng.random(), "entries_per_token": 9.0, "test": test}
 
 
 def _corpus(step, documents, folder, rng) -> dict:

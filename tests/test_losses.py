@@ -1,5 +1,7 @@
 """The losses against their formulas, known limits, brute force and TRL: values and gradients alike."""
 
+import os
+import shutil
 from itertools import product
 
 import pytest
@@ -9,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdlib.errors import KdlibError
 from kdlib.losses import DenseTargets, SparseTargets, linear_distillation_loss
+from kdlib.losses.divergences import DENSE_ONLY, DIVERGENCES, divergence_loss
 from kdlib.losses.reference import cross_entropy, distillation_loss, forward_kl, sparse_kl
 
 TOKENS, VOCABULARY, WIDTH = 11, 13, 5
@@ -667,3 +670,142 @@ def test_sparse_targets_of_another_temperature_are_refused():
     student, labels, teacher = problem()
     with pytest.raises(KdlibError, match="temperature 2.0.* asks for 1.0"):
         linear_distillation_loss(*student, labels, targets_of("sampled", teacher, 2.0), 0.3, 1.0)
+
+
+# Other divergences
+
+GROUP = 4
+OPTIONS = {
+    "jsd": {"beta": 0.3},
+    "skewed_kl": {"alpha": 0.2},
+    "skewed_reverse_kl": {"alpha": 0.2},
+    "sinkhorn": {"group": GROUP, "regularisation": 0.5, "iterations": 5},
+    "mutual_information": {"group": GROUP, "critic_temperature": 0.5},
+}
+UNSERVED_BY_TOP_K = {loss.__name__ for loss in DENSE_ONLY}
+SERVED = [
+    (name, kind)
+    for name, kind in product(DIVERGENCES, ["dense", "top-k with tail"])
+    if kind == "dense" or name not in UNSERVED_BY_TOP_K
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), SERVED)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("kd_weight", [0.3, 1.0])
+def test_every_divergence_equals_autograd_through_dense_logits_whatever_the_chunk(name, kind, temperature, kd_weight):
+    student, labels, teacher = problem()
+    targets, options = targets_of(kind, teacher, temperature), OPTIONS.get(name, {})
+    valid = (labels != -100).nonzero().squeeze(1)
+    # Groups of tokens are those of the tokens that have a label.
+    logits = logits_of(student)[valid]
+    whole = teacher_logits(teacher)[valid] if kind == "dense" else targets[valid]
+    kd = divergence_loss(name, logits, whole, temperature, **options).sum()
+    ce = F.cross_entropy(logits, labels[valid], reduction="sum")
+    total = (kd_weight * kd + (1 - kd_weight) * ce) / len(valid)
+    gradients = torch.autograd.grad(total, student)
+    for chunk in (1, 3, GROUP, 7, 100, None):
+        parts, found = fused(
+            student, labels, targets, kd_weight, temperature, chunk_tokens=chunk, divergence=name, options=options
+        )
+        assert_close(parts.loss, total)
+        assert_close(found, gradients)
+        assert_close((parts.ce, parts.kd), (ce.detach(), kd.detach()))
+        assert torch.equal(found[0][MASKED], torch.zeros(2, WIDTH, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_kd_weight_0_is_cross_entropy_bit_for_bit_with_every_divergence(name):
+    student, labels, teacher = problem(torch.float32)
+    expected, gradients = fused(student, labels, chunk_tokens=3)
+    broken = DenseTargets(teacher.hidden * torch.nan, teacher.weight)
+    parts, found = fused(student, labels, broken, 0.0, 2.0, chunk_tokens=3, divergence=name, options=OPTIONS.get(name))
+    assert parts.kd is None
+    assert torch.equal(parts.loss, expected.loss)
+    assert all(torch.equal(a, e) for a, e in zip(found, gradients, strict=True))
+
+
+def test_forward_kl_is_the_default_divergence():
+    student, labels, teacher = problem(torch.float32)
+    expected, gradients = fused(student, labels, teacher, 0.3, 2.0)
+    parts, found = fused(student, labels, teacher, 0.3, 2.0, divergence="forward_kl", options={})
+    assert torch.equal(parts.loss, expected.loss)
+    assert all(torch.equal(a, e) for a, e in zip(found, gradients, strict=True))
+    _, reverse = fused(student, labels, teacher, 0.3, 2.0, divergence="reverse_kl")
+    assert relative_error(reverse[0], gradients[0]) > 0.1
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_bf16_products_cost_every_divergence_a_few_bf16_roundings(name):
+    student, labels, teacher = problem(torch.float32)
+    student = [x.detach().bfloat16().float().requires_grad_() for x in student]
+    teacher = DenseTargets(*(x.bfloat16().float() for x in (teacher.hidden, teacher.weight, teacher.bias)))
+    options = {"divergence": name, "options": OPTIONS.get(name)}
+    _, expected = fused(student, labels, teacher, 0.3, **options)
+    parts, found = fused(student, labels, teacher, 0.3, matmul_dtype=torch.bfloat16, **options)
+    assert parts.loss.dtype == torch.float32
+    for a, e in zip(found, expected, strict=True):
+        assert a.dtype == torch.float32
+        # Of the student's logits, of their gradient and of its products.
+        assert 0 < relative_error(a, e) < 3 * BF16_ROUNDING
+
+
+@pytest.mark.parametrize("name", sorted(set(DIVERGENCES) - {"forward_kl", *UNSERVED_BY_TOP_K}))
+def test_unbiased_draws_serve_no_divergence_but_forward_kl(name):
+    student, labels, teacher = problem()
+    with pytest.raises(KdlibError, match=f"{name} is not linear in the teacher's distribution"):
+        fused(student, labels, targets_of("sampled", teacher, 1.0), 0.3, divergence=name)
+
+
+@pytest.mark.parametrize("name", sorted(UNSERVED_BY_TOP_K))
+@pytest.mark.parametrize("kind", ["sampled", "top-k with tail"])
+def test_sparse_targets_serve_no_loss_of_whole_rows(name, kind):
+    student, labels, teacher = problem()
+    with pytest.raises(KdlibError, match=f"{name} compares whole rows"):
+        fused(student, labels, targets_of(kind, teacher, 1.0), 0.3, divergence=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("forward_kl", {"beta": 0.5}, "takes the options none; found beta"),
+        ("jsd", {"alpha": 0.5}, "takes the options beta; found alpha"),
+        ("jsd", {"temperature": 2.0}, "takes the options beta; found temperature"),
+        ("jsd", {"beta": 1.0}, "beta must lie between"),
+        ("sinkhorn", {"group": 0}, "group must be a whole number"),
+        ("mutual_information", {"group": 4.0}, "group must be a whole number"),
+        ("backward_kl", {}, "must be one of forward_kl, reverse_kl, .*; found 'backward_kl'"),
+    ],
+)
+def test_an_unknown_divergence_or_option_is_refused_whatever_its_weight(name, options, message):
+    student, labels, teacher = problem()
+    with pytest.raises(KdlibError, match=message):
+        fused(student, labels, teacher, 0.3, divergence=name, options=options)
+    if "must" not in message:
+        with pytest.raises(KdlibError, match=message):
+            fused(student, labels, divergence=name, options=options)
+
+
+@pytest.mark.parametrize("name", sorted(set(DIVERGENCES) - {"forward_kl", "sinkhorn", "mutual_information"}))
+def test_every_divergence_keeps_no_more_than_a_chunk_of_logits(name):
+    tokens, vocabulary, width, chunk = 512, 64, 6, 16
+    student = [normal(tokens, width, seed=0), normal(vocabulary, width, seed=1), normal(vocabulary, seed=2)]
+    student = [x.requires_grad_() for x in student]
+    teacher = DenseTargets(normal(tokens, width, seed=3), normal(vocabulary, width, seed=4))
+    with LargestTensor() as largest:
+        fused(student, torch.arange(tokens) % vocabulary, teacher, 0.3, chunk_tokens=chunk, divergence=name)
+    assert largest.elements == max(tokens * width, chunk * vocabulary)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")), reason="needs a C++ compiler"
+)
+@pytest.mark.parametrize("kind", ["none", *KINDS])
+def test_a_compiled_softmax_gives_the_same_loss_to_float32_rounding(kind):
+    student, labels, teacher = problem(torch.float32)
+    targets = None if kind == "none" else targets_of(kind, teacher, 2.0)
+    weight = 0.0 if kind == "none" else 0.3
+    expected, gradients = fused(student, labels, targets, weight, 2.0, chunk_tokens=4)
+    parts, found = fused(student, labels, targets, weight, 2.0, chunk_tokens=4, compiled=True)
+    assert_close((parts.loss, *found), (expected.loss, *gradients), 1e-6)

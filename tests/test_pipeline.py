@@ -14,7 +14,7 @@ import fake_notebooks
 import pytest
 
 from kdlib import notebooks, plan, report, runs
-from kdlib.profiles import REPOSITORY, available
+from kdlib.profiles import REPOSITORY, available, load
 
 # What a run measures about the machine, not about the model.
 MEASURED = {"cost", "seconds", "tokens_per_second", "peak_memory_bytes", "peak_device_bytes"}
@@ -153,7 +153,7 @@ def test_every_profile_is_planned_without_network_or_results(profile, tmp_path, 
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("KDLIB_CACHE", str(tmp_path / "cache"))
     out = finished(snakemake(tmp_path, "--dry-run", profile=profile))
-    assert f"total                   {len(plan.study(profile)) + len(report.ANALYSES) + 2:8d}" in out
+    assert f"total                   {len(plan.study(profile)) + len(report.analyses(load(profile).study.grids)) + 2:8d}" in out
     assert not (tmp_path / "results").exists() or list((tmp_path / "results").rglob("*.json")) == []
 
 

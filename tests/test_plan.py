@@ -40,7 +40,7 @@ def ids(profile: str, *kinds: str) -> set[str]:
 
 
 def test_the_smoke_study_is_the_comparison_it_asks_for():
-    labels = [step.label for step in plan.study("smoke")]
+    labels = [step.label for step in plan.comparison("smoke")]
     assert sorted(labels) == sorted(
         ["corpus", "teacher scratch", "targets sampled"]
         + [f"student {objective} seed {seed}" for objective in ("ce", "kd", "untrained") for seed in (1, 2)]
@@ -51,7 +51,7 @@ def test_the_smoke_study_is_the_comparison_it_asks_for():
 
 def test_upstream_comes_first_and_nothing_twice():
     seen = set()
-    for step in plan.study("smoke"):
+    for step in plan.comparison("smoke"):
         assert {upstream.id for upstream in step.inputs.values()} <= seen
         assert step.id not in seen
         seen.add(step.id)
@@ -59,7 +59,9 @@ def test_upstream_comes_first_and_nothing_twice():
 
 def test_pools_of_repeats_share_no_member(mine):
     steps = [
-        step for step in plan.study(mine(study={"members": 2, "repeats": 2})) if step.label.startswith("kd ensemble")
+        step
+        for step in plan.comparison(mine(study={"members": 2, "repeats": 2}))
+        if step.label.startswith("kd ensemble")
     ]
     assert [step.parameters.seeds for step in steps if step.parameters.pool == "logit"] == [[1, 2], [3, 4]]
 
@@ -93,26 +95,90 @@ def group(step) -> str:
 )
 def test_a_changed_setting_remakes_what_depends_on_it_and_nothing_else(mine, section, change, remade):
     after = ids(mine(**{section: change}))
-    found = {group(step) for step in plan.study("smoke") if step.id not in after}
+    found = {group(step) for step in plan.comparison("smoke") if step.id not in after}
     assert found == {name.replace("_", " ") for name in remade.split()}
 
 
 @pytest.mark.parametrize("module", ["corpus", "models", "training", "cache", "ensemble"])
 def test_edited_code_remakes_the_runs_it_shapes_and_what_reads_them(monkeypatch, module):
-    before = {step.label: step for step in plan.study("smoke")}
-    plan.study.cache_clear()
+    before = {step.label: step for step in plan.comparison("smoke")}
     monkeypatch.setattr(
         plan, "code_versions", lambda modules: {one: "edited" if one == module else "r1" for one in modules}
     )
-    versions = {step.label: (step.settings["code"], step.id) for step in plan.study("smoke")}
-    plan.study.cache_clear()
+    versions = {step.label: (step.settings["code"], step.id) for step in plan.comparison("smoke")}
     monkeypatch.setattr(plan, "code_versions", lambda modules: dict.fromkeys(modules, "r1"))
-    remade = {step.label for step in plan.study("smoke") if step.id != versions[step.label][1]}
+    remade = {step.label for step in plan.comparison("smoke") if step.id != versions[step.label][1]}
 
     def expected(step) -> bool:
         return module in plan.CODE[step.kind] or any(expected(upstream) for upstream in step.inputs.values())
 
     assert remade == {label for label, step in before.items() if expected(step)} != set()
+
+
+def test_a_grid_has_a_student_a_cell_and_seed_and_joins_the_study(mine):
+    grid = {
+        "seeds": [1, 2],
+        "students": [{}, {"layers": 2}],
+        "vary": {"kd_weight": [0.1, 0.5], "temperature": [1.0, 2.0]},
+    }
+    profile = mine(study={"grids": {"targets": grid}})
+    students = [step for step in plan.grid(profile, "targets") if step.kind == "student"]
+    found = {
+        (one.parameters.layers, one.parameters.kd_weight, one.parameters.temperature, one.parameters.seed)
+        for one in students
+    }
+    assert len(students) == len(found) == 2 * 2 * 2 * 2
+    # Each temperature has targets of its own, and all students of one share them.
+    assert len({step.inputs["targets"].id for step in students}) == 2
+    assert {step.id for step in plan.grid(profile, "targets")} < {step.id for step in plan.study(profile)}
+
+
+def test_redrawn_targets_read_the_dense_ones_of_their_teacher():
+    values = profiles.parameters("03_targets", "smoke", source="dense", draws=8)
+    assert (
+        plan.step(values).inputs["dense"].id == plan.step(profiles.parameters("03_targets", "smoke", kind="dense")).id
+    )
+    with pytest.raises(KdlibError, match="leave out source"):
+        profiles.parameters("03_targets", "smoke", source="dense", kind="dense")
+
+
+@pytest.mark.parametrize(
+    ("changes", "inputs"),
+    [
+        ({"objective": "ce"}, {"corpus"}),
+        ({"objective": "kd"}, {"corpus", "targets"}),
+        ({"objective": "kd", "initialisation": "embeddings"}, {"corpus", "targets", "teacher"}),
+        ({"objective": "ce", "text": "teacher"}, {"corpus", "teacher"}),
+        (
+            {"objective": "ce", "selection": {"by": "teacher_nll", "mode": "highest", "share": 0.5}},
+            {"corpus", "targets"},
+        ),
+        ({"objective": "ce", "selection": {"by": "student_nll", "mode": "lowest", "share": 0.5}}, {"corpus", "scorer"}),
+        ({"objective": "online_kd", "feature": "relation"}, {"corpus", "teacher"}),
+    ],
+)
+def test_a_student_reads_what_its_settings_ask_for(changes, inputs):
+    assert plan.step(profiles.parameters("04_student", "smoke", **changes)).inputs.keys() == inputs
+
+
+@pytest.mark.parametrize(
+    ("divergence", "kind", "served"),
+    [
+        ("forward_kl", "sampled", True),
+        ("reverse_kl", "sampled", False),
+        ("reverse_kl", "topk_sampled", False),
+        ("jsd", "topk", True),
+        ("sinkhorn", "topk", False),
+        ("logit_mse", "dense", True),
+    ],
+)
+def test_targets_that_cannot_serve_a_divergence_are_refused_before_anything_runs(divergence, kind, served):
+    values = profiles.parameters("04_student", "smoke", divergence=divergence, targets={"kind": kind})
+    if served:
+        assert plan.step(values).inputs["targets"].parameters.kind == kind
+    else:
+        with pytest.raises(KdlibError, match=f"{divergence} cannot be computed from targets of kind {kind}"):
+            plan.step(values)
 
 
 def test_sources_are_part_of_the_corpus_they_make(monkeypatch):
@@ -166,7 +232,7 @@ def test_the_written_plan_names_every_run_and_stays_untouched_while_true(home):
     plan.write("smoke")
     path = home / "results" / "smoke" / "plan.json"
     written = json.loads(path.read_text())
-    assert [entry["id"] for entry in written["runs"]] == [step.id for step in plan.study("smoke")]
+    assert [entry["id"] for entry in written["runs"]] == [step.id for step in plan.comparison("smoke")]
     before = path.stat()
     plan.write("smoke")
     assert path.stat().st_mtime_ns == before.st_mtime_ns and path.stat().st_ino == before.st_ino
@@ -174,8 +240,8 @@ def test_the_written_plan_names_every_run_and_stays_untouched_while_true(home):
 
 def test_a_plan_that_is_no_longer_true_is_written_anew(home, monkeypatch):
     plan.write("smoke")
-    fewer = plan.study("smoke")[:3]
-    monkeypatch.setattr(plan, "study", lambda profile: fewer)
+    fewer = plan.comparison("smoke")[:3]
+    monkeypatch.setattr(plan, "comparison", lambda profile: fewer)
     plan.write("smoke")
     assert [entry["id"] for entry in runs.read_json(home / "results" / "smoke" / "plan.json")["runs"]] == [
         step.id for step in fewer

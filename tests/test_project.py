@@ -20,11 +20,12 @@ SHIPPED = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 # Left never imports right; modules of one floor may.
 FLOORS = (
     ("errors",),
+    ("schedules",),
     ("profiles",),
     ("sources", "revisions", "notebooks"),
     ("runs", "progress", "statistics"),
-    ("readers", "documents", "corpus", "vocabulary", "models"),
-    ("losses", "cache", "training", "ensemble", "evaluation"),
+    ("readers", "documents", "corpus", "vocabulary", "models", "initialisation", "selection", "synthetic"),
+    ("losses", "cache", "training", "ensemble", "evaluation", "fidelity"),
     ("comparison", "accounts", "figures", "report", "plan"),
     ("producers", "paper", "run"),
 )

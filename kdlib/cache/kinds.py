@@ -1,107 +1,204 @@
-"""The kinds of target: how one is taken from teacher logits, what it costs on disk, and how it is read back.
+"""The kinds of target: how one is taken from teacher log-probabilities, and what it costs on disk.
 
-*sampled*: N ids drawn with replacement from t = softmax(z / tau), kept as distinct ids with counts. count/N has expectation
-t, so the gradient of the cross-entropy to it is unbiased (Anshumann et al. 2025, arXiv 2503.16870).
+*sampled*: N ids drawn with replacement from q ~ t^rho, t = softmax(z / tau). An id drawn c times has weight
+(c / N) t / q, not renormalised: its expectation is t exactly, and so the gradient of the cross-entropy to it is unbiased
+(Anshumann et al. 2025, arXiv 2503.16870). With rho = 1 the weight is c / N, kept without rounding.
 
-*topk*: the k largest probabilities and the exact mass left over, as a (k+1)-th outcome. Without that outcome the optimum of
-the loss is t / a on the k ids (a: their mass), which is biased and overconfident.
+*topk*: the k largest probabilities and the mass left over as a (k+1)-th outcome. Without that outcome the optimum of the
+loss is t / a on the k ids (a: their mass), which is biased and overconfident.
 
-Both keep the entropy of t, which turns a cross-entropy to the target into a KL, and the teacher's loss on the text itself.
+*topk_sampled*: the k largest probabilities, and N draws from the rest with the rest's mass as their total: unbiased,
+with no variance left where most of the mass lies.
+
+*dense*: the teacher's last hidden states, which with its output layer (kept once) are the whole distribution at any
+temperature. The reference, and the source that other kinds can be drawn from again.
+
+All but dense are entries (id, weight), a token's in descending weight. Next to them lie the entropy of t, which turns a
+cross-entropy to the target into a KL, and the teacher's loss on the text itself.
 """
+
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kdlib.cache.shards import id_dtype
+from kdlib.cache import encoding
+from kdlib.errors import KdlibError
 
+NAMES = ("sampled", "topk", "topk_sampled", "dense")
 MAX_DRAWS = 255  # all may fall on one id, and a count is one byte
+MAX_ENTRIES = 2**16 - 1  # of a token: their number takes two bytes
 
 
-def bytes_per_token(kind: str, size: int, vocabulary: int) -> int:
-    """Largest number of bytes one token can take on disk (draws may coincide and then take less)."""
-    id_bytes = np.dtype(id_dtype(vocabulary)).itemsize
-    statistics = 2 + 2
-    if kind == "sampled":
-        return 4 + size * (id_bytes + 1) + statistics
-    return 4 + size * (id_bytes + 2) + statistics
+@dataclass(frozen=True)
+class Kind:
+    """A kind of target and its size.
+
+    Attributes:
+        name: one of ``NAMES``.
+        draws: N, draws a token (sampled, topk_sampled).
+        top_k: k (topk, topk_sampled).
+        proposal: rho, exponent of the distribution drawn from (sampled, topk_sampled).
+    """
+
+    name: str
+    draws: int = 0
+    top_k: int = 0
+    proposal: float = 1.0
+
+    def __post_init__(self):
+        if self.name not in NAMES:
+            raise KdlibError(f"Unknown kind of targets {self.name!r}. Expected one of {', '.join(NAMES)}.")
+        if self.draws_ids and not 1 <= self.draws <= MAX_DRAWS:
+            raise KdlibError(
+                f"draws must lie in 1..{MAX_DRAWS}, since a count takes one byte; found {self.draws}. A few dozen are enough."
+            )
+        if self.has_head and not 1 <= self.top_k <= MAX_ENTRIES - self.draws * self.draws_ids:
+            raise KdlibError(
+                f"top_k must be at least 1, and a token has at most {MAX_ENTRIES} entries; found {self.top_k}. A few dozen are enough."
+            )
+        if self.draws_ids and not 0 < self.proposal <= 1.5:
+            raise KdlibError(
+                f"proposal (rho) must lie above 0 and not above 1.5; found {self.proposal}. 1 draws from the teacher itself, "
+                "less draws more of what it finds unlikely."
+            )
+
+    @property
+    def draws_ids(self) -> bool:
+        """Whether targets depend on a seed."""
+        return self.name in ("sampled", "topk_sampled")
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the largest probabilities are always among the entries."""
+        return self.name in ("topk", "topk_sampled")
+
+    @property
+    def counts(self) -> bool:
+        """Whether weights are counts / draws."""
+        return self.name == "sampled" and self.proposal == 1
+
+    @property
+    def weights(self) -> np.ndarray:
+        """[256] float32: the weight that each code stands for."""
+        return np.arange(256, dtype=np.float32) / np.float32(self.draws) if self.counts else encoding.LOG_WEIGHTS
+
+    @property
+    def most_entries(self) -> int:
+        """Largest number of entries of a token."""
+        return self.top_k * self.has_head + self.draws * self.draws_ids
+
+    @property
+    def uniforms(self) -> int:
+        """Random numbers a token needs: one a draw, and one an entry whose weight is rounded at random."""
+        return self.draws_ids * (self.draws + (0 if self.counts else self.most_entries))
+
+    def describe(self) -> dict:
+        """What sets the kind apart, for a manifest."""
+        read = {"draws": self.draws_ids, "top_k": self.has_head, "proposal": self.draws_ids}
+        return {name: value for name, value in asdict(self).items() if read.get(name, True)}
+
+
+def bytes_per_token(kind: Kind, vocabulary: int, width: int) -> float:
+    """Largest number of bytes one token can take on disk, beside what every shard takes (``shards.SHARD_BYTES``).
+
+    An entry is an id of ceil(log2 V) bits and a code of one byte. Number of entries: 2. Entropy and loss: 1 each. topk:
+    2 for the mass left over. dense: 2 a hidden unit. Deflating what cannot be deflated adds a thousandth, and a frame
+    takes 21 bytes, 0.05 a token.
+    """
+    if kind.name == "dense":
+        return 2 * width + 2
+    entry = encoding.id_bits(vocabulary) / 8 + 1.001
+    return 4.05 + kind.most_entries * entry + 2 * (kind.name == "topk")
 
 
 def statistics(log_t: Tensor, labels: Tensor) -> dict[str, np.ndarray]:
-    """Entropy of the kept distribution and negative log-likelihood of the text under it, nats.
-
-    Kept in half precision; their exact values are for the shard's sums only.
+    """Entropy of t and negative log-likelihood of the text under it, nats, float64 [n].
 
     Args:
         log_t: [n, V] log-probabilities; labels: [n] next tokens.
     """
     entropy = torch.where(log_t.isneginf(), 0, -log_t.exp() * log_t).sum(-1)
     nll = -log_t.gather(1, labels[:, None])[:, 0]
-    exact = {"entropy_exact": entropy.cpu().numpy(), "nll_exact": nll.cpu().numpy()}
-    return exact | {"entropy": exact["entropy_exact"].astype(np.float16), "nll": exact["nll_exact"].astype(np.float16)}
+    return {"entropy": entropy.double().cpu().numpy(), "nll": nll.double().cpu().numpy()}
 
 
-def draw(log_t: Tensor, uniforms: Tensor) -> dict[str, np.ndarray]:
-    """Distinct ids and counts of N draws a token, by inversion of the cumulative distribution.
+def take(kind: Kind, log_t: Tensor, uniforms: Tensor | None) -> dict[str, np.ndarray]:
+    """The entries of n tokens: ``lengths`` [n], ``ids`` and ``codes`` [sum of lengths]; ``log_tail`` [n] for topk.
 
     Args:
         log_t: [n, V] log-probabilities.
-        uniforms: [n, N] in [0, 1), float64: the draws are a function of these alone, whatever the device or batch.
+        uniforms: [n, kind.uniforms] in [0, 1), float64: targets are a function of these and of log_t alone, whatever
+            the device or batch.
+
+    Raises:
+        KdlibError: top_k not below the vocabulary.
+    """
+    if kind.has_head and kind.top_k >= log_t.shape[1]:
+        raise KdlibError(
+            f"top_k must lie below the vocabulary, {log_t.shape[1]}; found {kind.top_k}. For whole distributions use kind dense."
+        )
+    if kind.name == "topk":
+        values, ids = log_t.topk(kind.top_k, dim=-1)
+        return _rows(ids, encoding.round_weights(values.exp().cpu().numpy())) | {"log_tail": _rest(log_t, ids)[1]}
+    drawn, rounding = uniforms[:, : kind.draws], uniforms[:, kind.draws :].numpy()
+    if kind.counts:
+        ids, counts, used = _draw(log_t, drawn, 1.0)
+        return _entries(ids, counts.astype(np.uint8), used)
+    if kind.name == "sampled":
+        ids, weights, used = _weighted(log_t, drawn, kind.proposal)
+        return _entries(ids, encoding.round_weights(weights, rounding), used)
+    values, head = log_t.topk(kind.top_k, dim=-1)
+    rest, log_mass = _rest(log_t, head)
+    ids, weights, used = _weighted(rest - torch.from_numpy(log_mass).to(rest)[:, None], drawn, kind.proposal)
+    weights = np.concatenate([values.double().exp().cpu().numpy(), weights * np.exp(log_mass)[:, None]], axis=1)
+    ids = np.concatenate([head.cpu().numpy(), ids], axis=1)
+    # Where the head has all mass, there was nothing to draw from.
+    used = np.concatenate([np.ones(head.shape, bool), used & np.isfinite(log_mass)[:, None]], axis=1)
+    return _entries(ids, encoding.round_weights(weights, rounding), used)
+
+
+def _rest(log_t: Tensor, ids: Tensor) -> tuple[Tensor, np.ndarray]:
+    # Summed directly over what is left: 1 - (sum of the kept) has no correct digit once the kept mass nears 1.
+    rest = log_t.scatter(1, ids, -torch.inf)
+    return rest, rest.double().logsumexp(-1).cpu().numpy()
+
+
+def _weighted(log_t: Tensor, uniforms: Tensor, proposal: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As :func:`_draw`, with weights (c / N) t / q."""
+    ids, counts, used = _draw(log_t, uniforms, proposal)
+    log_q = torch.log_softmax(log_t.double() * proposal, dim=-1)
+    at = torch.from_numpy(ids).to(log_t.device)
+    ratio = (log_t.double().gather(1, at) - log_q.gather(1, at)).exp().cpu().numpy()
+    return ids, np.where(used, counts * ratio, 0) / uniforms.shape[1], used
+
+
+def _draw(log_t: Tensor, uniforms: Tensor, proposal: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """N draws a token by inversion of the cumulative distribution of t^proposal.
 
     Returns:
-        ``lengths`` [n] distinct ids a token, ``ids`` and ``counts`` [sum of lengths], ascending ids within a token.
+        ids [n, N] in ascending order, counts [n, N] at an id's first place, and where those first places are.
     """
     # In float32 a cumulative sum over the vocabulary drifts by more than the smallest probabilities.
-    cumulative = log_t.double().exp().cumsum(-1)
+    log_t = log_t.double()
+    cumulative = (log_t if proposal == 1 else torch.log_softmax(log_t * proposal, dim=-1)).exp().cumsum(-1)
     picks = uniforms.to(cumulative.device) * cumulative[:, -1:]
-    ids = torch.searchsorted(cumulative, picks, right=True).clamp_(max=log_t.shape[1] - 1)
-    ids = ids.to(torch.int32).sort(-1).values.cpu().numpy()
+    ids = torch.searchsorted(cumulative, picks, right=True).clamp_(max=log_t.shape[1] - 1).sort(-1).values.cpu().numpy()
     first = np.ones(ids.shape, bool)
     first[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    starts = np.flatnonzero(first)
-    return {
-        "lengths": first.sum(1).astype(np.uint32),
-        "ids": ids.reshape(-1)[starts].astype(id_dtype(log_t.shape[1])),
-        "counts": np.diff(starts, append=ids.size).astype(np.uint8),
-    }
+    counts = np.zeros(ids.shape, np.int64)
+    counts[first] = np.diff(np.flatnonzero(first), append=ids.size)
+    return ids, counts, first
 
 
-def top_k(log_t: Tensor, k: int) -> dict[str, np.ndarray]:
-    """The k largest log-probabilities, their ids, and the log of the mass that is left.
-
-    Args:
-        log_t: [n, V] log-probabilities, k < V.
-
-    Returns:
-        ``ids`` [n, k], ``log_probabilities`` [n, k] float16 in descending order, ``log_tail`` [n] float32.
-    """
-    values, ids = log_t.topk(k, dim=-1)
-    # Summed directly over what is left: 1 - (sum of the kept) has no correct digit once the kept mass nears 1.
-    tail = log_t.scatter(1, ids, -torch.inf).logsumexp(-1)
-    return {
-        "ids": ids.cpu().numpy().astype(id_dtype(log_t.shape[1])),
-        "log_probabilities": values.to(torch.float16).cpu().numpy(),
-        "log_tail": tail.float().cpu().numpy(),
-    }
+def _rows(ids: Tensor, codes: np.ndarray) -> dict[str, np.ndarray]:
+    return _entries(ids.cpu().numpy(), codes, np.ones(codes.shape, bool))
 
 
-def read_sampled(shard: dict[str, np.ndarray], rows: np.ndarray, draws: int) -> tuple[np.ndarray, np.ndarray, None]:
-    """Padded ids and weights count/N of some rows of a mapped shard."""
-    starts = shard["offsets"][rows].astype(np.int64)
-    lengths = shard["offsets"][rows + 1].astype(np.int64) - starts
-    columns = np.arange(max(1, lengths.max(initial=0)))
-    used = columns < lengths[:, None]
-    # Padding points at the row's first entry with weight 0, so every id is one that the row holds.
-    at = np.where(used, starts[:, None] + columns, np.minimum(starts, max(0, len(shard["ids"]) - 1))[:, None])
-    ids = shard["ids"][at] if len(shard["ids"]) else np.zeros(at.shape, np.uint16)
-    counts = shard["counts"][at] if len(shard["counts"]) else np.zeros(at.shape, np.uint8)
-    return ids, np.where(used, counts, 0).astype(np.float32) / np.float32(draws), None
-
-
-def read_top_k(shard: dict[str, np.ndarray], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids, probabilities and tail mass of some rows of a mapped shard; each row sums to one."""
-    weights = np.exp(shard["log_probabilities"][rows].astype(np.float32))
-    tail = np.exp(shard["log_tail"][rows])
-    # Half-precision log-probabilities miss the kept mass by up to 1e-3; the tail, kept in float32, fixes it.
-    weights *= ((1 - tail) / np.maximum(weights.sum(1), 1e-30))[:, None]
-    return shard["ids"][rows], weights, tail
+def _entries(ids: np.ndarray, codes: np.ndarray, used: np.ndarray) -> dict[str, np.ndarray]:
+    """Ragged rows in descending code (ties in the order given) from [n, m] arrays; entries without weight are left out."""
+    used = used & (codes > 0)
+    order = np.argsort(np.where(used, 255 - codes.astype(np.int16), 256), axis=1, kind="stable")
+    ids, codes, used = (np.take_along_axis(values, order, axis=1) for values in (ids, codes, used))
+    return {"lengths": used.sum(1), "ids": ids[used], "codes": codes[used]}

@@ -1,15 +1,18 @@
 """Targets read back by flat position, in any order, after their guard and checksums have been compared."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.numpy import load
 
-from kdlib.cache import kinds
-from kdlib.cache.shards import VERSION, check_shard, describe_shard, map_shard, read_record
+from kdlib.cache import encoding
+from kdlib.cache.kinds import Kind
+from kdlib.cache.shards import FRAME, VERSION, check_shard, describe_shard, map_shard, read_record, unpack_frame
 from kdlib.corpus import Split
 from kdlib.errors import KdlibError
-from kdlib.losses import SparseTargets
+from kdlib.losses import DenseTargets, SparseTargets
 
 
 def guard(split: Split, tokenizer_fingerprint: str, vocabulary: int, block_length: int, teacher: str) -> dict:
@@ -33,7 +36,7 @@ class TargetCache:
     Args:
         folder: written by :func:`kdlib.cache.write_targets`.
         expected: the guard of the data that will be trained on; every entry must agree with the cache's.
-        temperature: of the loss that will read.
+        temperature: of the loss that will read; kind dense serves any.
 
     Raises:
         KdlibError: not a finished cache, another version, a guard that differs (what, expected, found), a temperature it
@@ -41,15 +44,7 @@ class TargetCache:
     """
 
     def __init__(self, folder: Path, expected: dict, temperature: float):
-        manifest = read_record(folder / "manifest.json")
-        if manifest is None:
-            raise KdlibError(
-                f"{folder} holds no finished targets: manifest.json is missing. Write them, or let the interrupted writer finish."
-            )
-        if manifest.get("version") != VERSION:
-            raise KdlibError(
-                f"Targets in {folder} have format version {manifest.get('version')}; this code reads version {VERSION}."
-            )
+        manifest = _manifest(folder)
         wrong = {
             key: (value, manifest["guard"].get(key))
             for key, value in expected.items()
@@ -60,15 +55,15 @@ class TargetCache:
             raise KdlibError(
                 f"Targets in {folder} belong to something else ({told}). Write targets for this setting with notebooks/03_targets.ipynb."
             )
-        if temperature != manifest["temperature"]:
+        self.kind = Kind(**manifest["kind"])
+        if temperature != manifest["temperature"] and self.kind.name != "dense":
             raise KdlibError(
                 f"Targets in {folder} describe the teacher at temperature {manifest['temperature']} and cannot serve {temperature}: "
-                "a sampled or truncated distribution cannot be re-tempered. Write targets at that temperature."
+                "a sampled or truncated distribution cannot be re-tempered. Write targets at that temperature, or kind dense."
             )
-        self.kind, self.size, self.temperature, self.positions = (
-            manifest[key] for key in ("kind", "size", "temperature", "positions")
-        )
-        self._firsts, self._shards = [], []
+        self.temperature, self.positions, self.precision = temperature, manifest["positions"], manifest["precision"]
+        self.guard, self._bits, self._shards, firsts = manifest["guard"], manifest["id_bits"], [], []
+        self.head = _head(folder, manifest["head_sha256"]) if self.kind.name == "dense" else None
         for number in range(manifest["shards"]):
             about = describe_shard(folder, number)
             if about is None:
@@ -76,60 +71,72 @@ class TargetCache:
                     f"Target shard {folder / f'{number:05d}.json'} is missing. Write the targets again: only this shard is redone."
                 )
             check_shard(folder, number, about)
-            self._firsts.append(about["first"])
+            firsts.append(about["first"])
             self._shards.append(map_shard(folder, number))
+        self._firsts = np.array(firsts)
 
-    def read(self, positions: np.ndarray) -> SparseTargets:
-        """Targets at flat ``positions`` [T], row for row; −1 gives a row without mass.
+    def read(self, positions: np.ndarray) -> SparseTargets | DenseTargets:
+        """Targets at flat ``positions`` [T], row for row; −1 gives a row without mass (dense: a row of zeros).
 
         Raises:
             KdlibError: a position past the end, which would belong to other documents.
         """
         positions = np.asarray(positions, np.int64).reshape(-1)
-        used = positions >= 0
-        owner = self._owner(positions)
-        pieces = []
-        for number in np.unique(owner[used]):
-            rows = np.flatnonzero(used & (owner == number))
-            local = positions[rows] - self._firsts[number]
-            shard = self._shards[number]
-            kept = (
-                kinds.read_sampled(shard, local, self.size)
-                if self.kind == "sampled"
-                else kinds.read_top_k(shard, local)
-            )
-            pieces.append((rows, *kept, shard["entropy"][local].astype(np.float32)))
-        width = max((piece[1].shape[1] for piece in pieces), default=1)
-        ids = np.zeros((len(positions), width), np.int64)
-        weights = np.zeros((len(positions), width), np.float32)
-        tail = np.zeros(len(positions), np.float32) if self.kind == "topk" else None
-        entropy = np.zeros(len(positions), np.float32)
-        for rows, piece_ids, piece_weights, piece_tail, piece_entropy in pieces:
-            ids[rows, : piece_ids.shape[1]] = piece_ids
-            weights[rows, : piece_ids.shape[1]] = piece_weights
-            if tail is not None:
-                tail[rows] = piece_tail
-                # The loss sees k + 1 outcomes, so its entropy is that of k + 1 outcomes.
-                piece_entropy = -_xlogx(piece_weights).sum(1) - _xlogx(piece_tail)
-            entropy[rows] = piece_entropy
+        if self.kind.name == "dense":
+            return DenseTargets(torch.from_numpy(self._gather("hidden", positions)), *self.head)
+        lengths, ids, codes = self._entries(positions)
+        # Row-major, so the places of a padded matrix that are used come in the order of the entries.
+        used = np.arange(max(1, lengths.max(initial=0))) < lengths[:, None]
+        padded_ids, weights = np.zeros(used.shape, np.int64), np.zeros(used.shape, np.float32)
+        padded_ids[used], weights[used] = ids, self._shards[0]["weights"][codes]
+        entropy, tail = encoding.decode_nats(self._gather("entropy", positions)), None
+        if self.kind.name == "topk":
+            tail = np.exp(self._gather("log_tail", positions, -np.inf).astype(np.float32))
+            # The weights are rounded; the tail fixes what they must sum to.
+            weights *= ((1 - tail) / np.maximum(weights.sum(1), 1e-30))[:, None]
+            # The loss sees k + 1 outcomes, so its entropy is that of k + 1 outcomes.
+            entropy = -_xlogx(weights).sum(1) - _xlogx(tail)
+            tail = torch.from_numpy(tail)
         return SparseTargets(
-            torch.from_numpy(ids),
-            torch.from_numpy(weights),
-            None if tail is None else torch.from_numpy(tail),
-            torch.from_numpy(entropy),
-            self.temperature,
+            torch.from_numpy(padded_ids), torch.from_numpy(weights), tail, torch.from_numpy(entropy), self.temperature
         )
 
     def statistics(self, positions: np.ndarray) -> dict[str, np.ndarray]:
         """The teacher's ``entropy`` and ``nll`` of the text at flat ``positions`` [T], none negative, nats, float32."""
         positions = np.asarray(positions, np.int64)
+        return {key: encoding.decode_nats(self._gather(key, positions)) for key in ("entropy", "nll")}
+
+    def _gather(self, name: str, positions: np.ndarray, empty: float = 0) -> np.ndarray:
+        """Rows of an array that has one a position; ``empty`` where the position is -1."""
         owner = self._owner(positions)
-        out = {key: np.empty(len(positions), np.float32) for key in ("entropy", "nll")}
-        for number in np.unique(owner):
-            rows = np.flatnonzero(owner == number)
-            for key, values in out.items():
-                values[rows] = self._shards[number][key][positions[rows] - self._firsts[number]]
-        return out
+        sample = self._shards[0][name]
+        out = np.full((len(positions), *sample.shape[1:]), empty, sample.dtype)
+        for number in np.unique(owner[positions >= 0]):
+            rows = np.flatnonzero((positions >= 0) & (owner == number))
+            out[rows] = self._shards[number][name][positions[rows] - self._firsts[number]]
+        return out.astype(np.float32) if name == "hidden" else out
+
+    def _entries(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Number of entries of each position [T], and the ids and codes of them all, one position after the other."""
+        lengths, used = np.zeros(len(positions), np.int64), np.flatnonzero(positions >= 0)
+        if not len(used):
+            return lengths, np.zeros(0, np.int64), np.zeros(0, np.uint8)
+        owner = self._owner(positions[used])
+        frame, place = np.divmod(positions[used] - self._firsts[owner], FRAME)
+        # Each frame is decompressed once, whatever the order of the positions; from here on frames lie side by side.
+        keys, which = np.unique(owner << 32 | frame, return_inverse=True)
+        frames = [unpack_frame(self._shards[key >> 32], key & 2**32 - 1, self._bits) for key in keys.tolist()]
+        frame_lengths, steps, packed = (np.concatenate(parts) for parts in list(zip(*frames, strict=True))[:3])
+        frame_lengths = frame_lengths.astype(np.int64)
+        # Positions, entries and bytes of ids that come before each frame, and from there where ids of a frame begin.
+        before = np.cumsum([[0, 0, 0], *([len(part) for part in one[:3]] for one in frames)], axis=0)[:-1]
+        bit = 8 * before[:, 2] + [one.bit for one in frames] - before[:, 1] * self._bits
+        at = before[which, 0] + place
+        lengths[used] = mine = frame_lengths[at]
+        starts = (np.cumsum(frame_lengths) - frame_lengths)[at]
+        entries = np.arange(mine.sum()) + np.repeat(starts - (np.cumsum(mine) - mine), mine)
+        ids = encoding.unpack_ids(packed, entries * self._bits + np.repeat(bit[which], mine), self._bits)
+        return lengths, ids, encoding.sums(steps[entries], mine)
 
     def _owner(self, positions: np.ndarray) -> np.ndarray:
         if len(positions) and positions.max() >= self.positions:
@@ -137,6 +144,33 @@ class TargetCache:
                 f"Position {positions.max()} lies past the targets' end ({self.positions} positions): they belong to other documents."
             )
         return np.searchsorted(self._firsts, positions, side="right") - 1
+
+
+def _manifest(folder: Path) -> dict:
+    manifest = read_record(folder / "manifest.json")
+    if manifest is None:
+        raise KdlibError(
+            f"{folder} holds no finished targets: manifest.json is missing. Write them, or let the interrupted writer finish."
+        )
+    if manifest.get("version") != VERSION:
+        raise KdlibError(
+            f"Targets in {folder} have format version {manifest.get('version')}; this code reads version {VERSION}. Delete "
+            "their run, and it is made again."
+        )
+    return manifest
+
+
+def _head(folder: Path, expected: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    path = folder / "head.safetensors"
+    data = path.read_bytes() if path.is_file() else b""
+    found = hashlib.sha256(data).hexdigest()
+    if found != expected:
+        raise KdlibError(
+            f"The teacher's output layer {path} is {'damaged' if data else 'missing'}: expected SHA-256 {expected}, found {found}. "
+            "Write the targets again."
+        )
+    arrays = load(data)
+    return torch.from_numpy(arrays["weight"]), torch.from_numpy(arrays["bias"]) if "bias" in arrays else None
 
 
 def _xlogx(values: np.ndarray) -> np.ndarray:

@@ -6,28 +6,83 @@ A cache is a folder::
     manifest.json           the same, and the number of positions and shards; written last
     00000.safetensors       the arrays of one contiguous range of flat positions
     00000.json              first, last (exclusive), sha256 and size of that file, and sums for the report
+    head.safetensors        kind dense only: the teacher's output layer, weight [V, D] and bias [V]
 
 Flat positions are those of :class:`kdlib.corpus.Split`: position i predicts token i + 1; the last position of a document
-predicts nothing and has an empty entry. Any safetensors reader opens a shard. JSON files carry a checksum of their content.
+predicts nothing and has no entries. ``FORMAT.md`` next to this file describes the arrays, with a reader in ten lines. JSON
+files carry a checksum of their content.
 """
 
 import hashlib
 import json
 import os
+import uuid
+import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from safetensors.numpy import save
 
+from kdlib.cache import encoding
 from kdlib.errors import KdlibError
 
-VERSION = 1
+VERSION = 2
+FRAME = 512  # positions compressed together: what reading one position must decompress
+SHARD_BYTES = 4096  # at most, beside its positions: the weights, headers and JSON files
 DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "F16": np.float16, "F32": np.float32}
 
 
-def id_dtype(vocabulary: int) -> type:
-    """Smallest unsigned integer that holds every token id."""
-    return np.uint16 if vocabulary <= 2**16 else np.uint32
+def pack_entries(lengths: np.ndarray, ids: np.ndarray, codes: np.ndarray, bits: int) -> dict[str, np.ndarray]:
+    """Entries of a shard's positions, in their order, as the arrays that are written.
+
+    Args:
+        lengths: [n] entries of each position; ids, codes: [sum of lengths].
+        bits: of an id.
+
+    Returns:
+        ``ids`` bit-packed; ``frames``, one after the other: a frame's lengths (uint16) and the differences of its codes,
+        deflated; ``frame_bytes`` and ``frame_entries`` [frames + 1]: where a frame begins in ``frames``, and its first
+        entry.
+    """
+    ends = np.r_[0, np.cumsum(lengths)]
+    cuts = np.r_[np.arange(0, len(lengths), FRAME), len(lengths)]
+    frames = []
+    for low, high in zip(cuts[:-1], cuts[1:], strict=True):
+        steps = encoding.differences(codes[ends[low] : ends[high]], lengths[low:high])
+        frames.append(zlib.compress(lengths[low:high].astype("<u2").tobytes() + steps.tobytes(), 9))
+    return {
+        "ids": encoding.pack_ids(ids, bits),
+        "frames": np.frombuffer(b"".join(frames), np.uint8),
+        "frame_bytes": np.cumsum([0, *map(len, frames)]).astype(np.uint32),
+        "frame_entries": ends[cuts].astype(np.uint32),
+    }
+
+
+class Frame(NamedTuple):
+    """One frame of a shard, decompressed.
+
+    Attributes:
+        lengths: [positions of the frame] entries of each.
+        steps: [sum of lengths], what :func:`kdlib.cache.encoding.differences` made of the codes.
+        ids: the bytes that hold the entries' ids and four more; the first id begins at ``bit`` of the first byte.
+    """
+
+    lengths: np.ndarray
+    steps: np.ndarray
+    ids: np.ndarray
+    bit: int
+
+
+def unpack_frame(shard: dict[str, np.ndarray], number: int, bits: int) -> Frame:
+    """One frame of a mapped shard; ``bits`` of an id."""
+    low, high = shard["frame_bytes"][number : number + 2].tolist()
+    first, last = shard["frame_entries"][number : number + 2].tolist()
+    data = zlib.decompress(shard["frames"][low:high])
+    lengths = np.frombuffer(data, "<u2", (len(data) - (last - first)) // 2)
+    steps = np.frombuffer(data, np.uint8, last - first, 2 * len(lengths))
+    ids = shard["ids"][first * bits // 8 : -(-last * bits // 8) + 4]
+    return Frame(lengths, steps, ids, first * bits % 8)
 
 
 def write_shard(
@@ -36,14 +91,14 @@ def write_shard(
     """Write one shard and, after it is safely on disk, its description: a shard without one does not count."""
     name = f"{number:05d}"
     data = save({key: np.ascontiguousarray(value) for key, value in arrays.items()})
-    _replace(folder / f"{name}.safetensors", data)
+    replace(folder / f"{name}.safetensors", data)
     about = {"first": first, "last": last, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "sums": sums}
     write_record(folder / f"{name}.json", about)
 
 
 def write_record(path: Path, record: dict) -> None:
     """Write a JSON file whole or not at all, with the SHA-256 of its other entries as ``checksum``."""
-    _replace(path, _sealed(record))
+    replace(path, _sealed(record))
 
 
 def read_record(path: Path) -> dict | None:
@@ -73,13 +128,25 @@ def _sealed(record: dict) -> bytes:
     return json.dumps(record | {"checksum": checksum}, indent=1, sort_keys=True, allow_nan=False).encode()
 
 
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
+def replace(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, safely on disk before it takes its name."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # other processes may write the same file
     with open(temporary, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        os.replace(temporary, path)
+    except FileNotFoundError:
+        # Another process finished the folder and took this for what a killed one had left.
+        if not path.is_file():
+            raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes had begun to write; only for a folder that lacks nothing."""
+    for path in folder.glob(".*.partial"):
+        path.unlink(missing_ok=True)
 
 
 def describe_shard(folder: Path, number: int) -> dict | None:
@@ -116,7 +183,8 @@ def map_shard(folder: Path, number: int) -> dict[str, np.ndarray]:
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
-    mapped = np.memmap(path, np.uint8, "r", offset=8 + size)
+    # As a plain array: slicing a memmap object takes ten times as long.
+    mapped = np.memmap(path, np.uint8, "r", offset=8 + size).view(np.ndarray)
     header.pop("__metadata__", None)
     return {
         key: mapped[slice(*entry["data_offsets"])].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])

@@ -6,12 +6,15 @@ idea of a linear layer fused with its cross-entropy is that of Liger-Kernel (Hsu
 Wijmans et al. 2024 (arXiv 2411.09009); here it also carries sparse and dense teacher targets, and runs on any device.
 """
 
+from functools import cache, partial
+from inspect import signature
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kdlib.errors import KdlibError
+from kdlib.losses.divergences import DIVERGENCES, divergence_loss
 from kdlib.losses.reference import IGNORED
 from kdlib.losses.targets import DenseTargets, SparseTargets
 
@@ -47,8 +50,14 @@ def linear_distillation_loss(
     normaliser: float | Tensor | None = None,
     matmul_dtype: torch.dtype | None = None,
     chunk_tokens: int | None = None,
+    compiled: bool = False,
+    divergence: str = "forward_kl",
+    options: dict | None = None,
 ) -> LossParts:
     """w * tau^2 * KL(t || s) + (1 - w) * CE, s = softmax(hidden @ weight.T + bias), summed over tokens / normaliser.
+
+    Another ``divergence`` takes the place of tau^2 * KL(t || s). Forward KL has its gradient written out here; the others
+    are differentiated by autograd, a chunk at a time.
 
     Args:
         hidden: [T, D], any floating dtype.
@@ -62,9 +71,12 @@ def linear_distillation_loss(
         matmul_dtype: dtype of the matrix products (autocast's); softmax and sums are float32, or float64 for float64
             input.
         chunk_tokens: tokens whose logits exist at a time; default a size that suits the device.
+        compiled: whether the softmax of a chunk is compiled; it is faster and equal to rounding.
+        divergence, options: name and further arguments of one of :data:`kdlib.losses.divergences.DIVERGENCES`.
 
     Raises:
-        KdlibError: sparse targets kept at another temperature, a weight outside 0..1, or a weight without targets.
+        KdlibError: sparse targets kept at another temperature or that cannot serve the divergence, a weight outside 0..1,
+            a weight without targets, or an unknown divergence or option.
     """
     found = {"hidden": len(hidden), "labels": len(labels)}
     if targets is not None:
@@ -96,38 +108,65 @@ def linear_distillation_loss(
         chunk_tokens = max(1, CHUNK_ELEMENTS.get(hidden.device.type, 2**24) // weight.shape[0])
     scale = 1.0 / (normaliser if normaliser is not None else max(1, len(rows)))
     dtype = matmul_dtype or hidden.dtype
+    options, defaults = options or {}, _defaults(divergence)
+    if not options.keys() <= defaults.keys():
+        raise KdlibError(
+            f"The divergence {divergence} takes the options {', '.join(defaults) or 'none'}; found {', '.join(options)}."
+        )
+    if divergence == "forward_kl" or targets is None:
+        term = partial(_forward_kl, temperature=temperature, softmax_=_compiled_softmax_() if compiled else _softmax_)
+    else:
+        # Losses on groups of tokens must not have a group cut in two.
+        group = max(1, int((defaults | options).get("group", 1)))
+        chunk_tokens = max(group, chunk_tokens // group * group)
+        term = partial(_by_autograd, temperature=temperature, divergence=divergence, options=options)
     loss, ce, kd = _LinearDistillation.apply(
-        hidden[rows], weight, bias, labels[rows], targets, kd_weight, temperature, scale, dtype, chunk_tokens
+        hidden[rows], weight, bias, labels[rows], targets, kd_weight, scale, dtype, chunk_tokens, term
     )
     return LossParts(loss, ce, kd if targets is not None else None, len(rows))
 
 
+@cache
+def _defaults(divergence: str) -> dict[str, float]:
+    """The options of a divergence: its arguments after student, teacher and temperature."""
+    if divergence not in DIVERGENCES:
+        raise KdlibError(f"The divergence must be one of {', '.join(DIVERGENCES)}; found {divergence!r}.")
+    return {name: one.default for name, one in [*signature(DIVERGENCES[divergence]).parameters.items()][3:]}
+
+
 class _LinearDistillation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, targets, kd_weight, temperature, scale, dtype, chunk_tokens):
+    def forward(ctx, hidden, weight, bias, labels, targets, kd_weight, scale, dtype, chunk_tokens, term):
         exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         w = weight.to(dtype)
+        b = None if bias is None else bias.to(dtype)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device) if wants_weight else None
         grad_bias = torch.zeros(bias.shape, dtype=exact, device=weight.device) if wants_bias else None
         ce = torch.zeros((), dtype=exact, device=hidden.device)
         kd = torch.zeros((), dtype=exact, device=hidden.device)
+        # One buffer serves all chunks: fresh pages for every one of them cost as much as the exponentials.
+        size = (min(chunk_tokens, len(labels)), len(w))
+        exact_buffer = torch.empty(size, dtype=exact, device=hidden.device)
+        low_buffer = exact_buffer if dtype == exact else torch.empty(size, dtype=dtype, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(labels), chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
                 h = hidden[rows].to(dtype)
-                logits = torch.nn.functional.linear(h, w, None if bias is None else bias.to(dtype)).to(exact)
-                grad, chunk_ce, chunk_kd = _chunk(
-                    logits, labels[rows], None if targets is None else targets[rows], kd_weight, temperature
-                )
+                low, logits = low_buffer[: len(h)], exact_buffer[: len(h)]
+                torch.mm(h, w.T, out=low) if b is None else torch.addmm(b, h, w.T, out=low)
+                if low is not logits:
+                    logits.copy_(low)
+                part = None if targets is None else targets[rows]
+                grad, chunk_ce, chunk_kd = term(logits, labels[rows, None], part, kd_weight)
                 ce += chunk_ce
                 kd += chunk_kd
                 if wants_bias:
                     grad_bias += grad.sum(0)
-                g = grad.to(dtype)
+                g = grad if dtype == exact else low.copy_(grad)
                 if wants_hidden:
-                    grad_hidden[rows] = (g @ w).to(hidden.dtype)
+                    grad_hidden[rows] = g @ w
                 if wants_weight:
                     # addmm_ accumulates without a second [V, D] buffer; half-precision products are added in float32.
                     if dtype == exact:
@@ -152,69 +191,115 @@ class _LinearDistillation(torch.autograd.Function):
                 "The fused loss has no second derivative, and create_graph=True asks for one. Take it from the dense "
                 "definitions in kdlib.losses.reference."
             )
-        return *(None if g is None else g * (grad_loss * ctx.scale).to(g.dtype) for g in ctx.saved_tensors), *(None,) * 7
+        return *(None if g is None else g * (grad_loss * ctx.scale).to(g.dtype) for g in ctx.saved_tensors), *(
+            None,
+        ) * 7
 
 
-def _chunk(
-    logits: Tensor, labels: Tensor, targets, kd_weight: float, temperature: float
+def _softmax_(logits: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Overwrites ``logits`` [C, V] by scale [C, 1] * softmax(logits).
+
+    Returns the parts of the normaliser, [C, 1] each: log softmax(logits) = (logits - largest) - log_sum. Apart they keep
+    the digits that their sum would lose.
+    """
+    # A row of nothing but -inf has no distribution; it becomes zeros.
+    largest = logits.amax(1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
+    logits.sub_(largest).exp_()
+    total = logits.sum(1, keepdim=True).clamp(min=1)
+    logits.mul_(scale / total)
+    return largest, total.log()
+
+
+@cache
+def _compiled_softmax_():
+    # One pass over each row while it lies in the innermost cache, instead of five over the chunk.
+    return torch.compile(_softmax_, dynamic=True)
+
+
+def _forward_kl(
+    logits: Tensor, label: Tensor, targets, kd_weight: float, temperature: float, softmax_
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of the summed loss with respect to ``logits`` [C, V], and the sums of CE and KD over the chunk."""
-    ones = logits.new_ones((len(labels), 1))
+    """Gradient of the summed loss with respect to ``logits`` [C, V], which it overwrites, and the sums of CE and KD.
+
+    Args:
+        label: [C, 1].
+    """
     if targets is None:
-        log_s = torch.log_softmax(logits, dim=-1)
-        ce = -log_s.gather(1, labels[:, None]).sum()
-        return log_s.exp_().scatter_add_(1, labels[:, None], -ones), ce, torch.zeros_like(ce)
+        return *_cross_entropy(logits, label, 1.0, softmax_), logits.new_zeros(())
     # d(tau^2 KL)/dz = tau * (s - t): one tau cancels against the derivative of z / tau.
-    ce_weight = 1 - kd_weight
+    step, ce_weight = kd_weight * temperature, 1 - kd_weight
     pull = _pull_sparse if isinstance(targets, SparseTargets) else _pull_dense
     if temperature == 1:
         # Both terms pull on the same softmax, so one pass serves both.
-        log_s = torch.log_softmax(logits, dim=-1)
-        ce = -log_s.gather(1, labels[:, None]).sum()
-        grad, kd = pull(log_s, targets, kd_weight, temperature, ce_weight)
-    else:
-        grad, kd = pull(torch.log_softmax(logits / temperature, dim=-1), targets, kd_weight, temperature, 0.0)
-        log_s = torch.log_softmax(logits, dim=-1)
-        ce = -log_s.gather(1, labels[:, None]).sum()
-        grad.add_(log_s.exp_(), alpha=ce_weight)
-    return grad.scatter_add_(1, labels[:, None], -ce_weight * ones), ce, temperature**2 * kd
+        log_s, kd = pull(logits, label, targets, temperature, step, ce_weight, softmax_)
+        return logits.scatter_add_(1, label, logits.new_full(label.shape, -ce_weight)), -log_s.sum(), kd
+    tempered = logits / temperature
+    grad, ce = _cross_entropy(logits, label, ce_weight, softmax_)
+    _, kd = pull(tempered, label, targets, temperature, step, 0.0, softmax_)
+    return grad.add_(tempered), ce, temperature**2 * kd
+
+
+def _by_autograd(
+    logits: Tensor, label: Tensor, targets, kd_weight: float, temperature: float, divergence: str, options: dict
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`_forward_kl`, for any divergence."""
+    if isinstance(targets, DenseTargets):
+        targets = torch.nn.functional.linear(targets.hidden, targets.weight, targets.bias)
+    leaf = logits.clone().requires_grad_()
+    with torch.enable_grad():
+        kd = divergence_loss(divergence, leaf, targets, temperature, **options).sum()
+    (pull,) = torch.autograd.grad(kd, leaf)
+    grad, ce = _cross_entropy(logits, label, 1 - kd_weight, _softmax_)
+    return grad.add_(pull, alpha=kd_weight), ce, kd.detach()
+
+
+def _cross_entropy(logits: Tensor, label: Tensor, weight: float, softmax_) -> tuple[Tensor, Tensor]:
+    """weight * (s - onehot(label)), in the place of ``logits``, and the summed cross-entropy."""
+    picked = logits.gather(1, label)
+    largest, log_sum = softmax_(logits, logits.new_full(label.shape, weight))
+    ce = -(picked - largest - log_sum).sum()
+    return logits.scatter_add_(1, label, logits.new_full(label.shape, -weight)), ce
 
 
 def _pull_sparse(
-    log_s: Tensor, targets: SparseTargets, kd_weight: float, temperature: float, shared: float
+    logits: Tensor, label: Tensor, targets: SparseTargets, temperature: float, step: float, shared: float, softmax_
 ) -> tuple[Tensor, Tensor]:
-    """(kd_weight * tau * mass + shared) * s - kd_weight * tau * target, and sum KL; overwrites ``log_s``."""
-    weights = targets.weights.to(log_s.dtype)
-    # Where there is no mass the student may have none either, and 0 * -inf would be NaN.
-    cross = -torch.where(weights > 0, weights * log_s.gather(1, targets.ids), 0).sum()
-    mass = weights.sum(1)
-    step = kd_weight * temperature
-    if targets.tail is None:
-        rest = None
-    else:
-        tail = targets.tail.to(log_s.dtype)
-        # Padding repeats an id with weight 0, so membership is read off the summed weights.
-        kept = torch.zeros_like(log_s).scatter_add_(1, targets.ids, weights) > 0
-        rest = log_s.masked_fill(kept, -torch.inf)
-        log_rest = rest.logsumexp(1)
-        cross = cross - torch.where(tail > 0, tail * log_rest, 0).sum()
+    """Overwrites ``logits`` (already divided by the temperature) by (step * mass + shared) * s - step * target.
+
+    Returns log s at the labels, and the summed KL.
+    """
+    weights = targets.weights.to(logits.dtype)
+    mass = weights.sum(1, keepdim=True)
+    picked = logits.gather(1, torch.cat([label, targets.ids], 1))
+    if targets.tail is not None:
+        tail = targets.tail.to(logits.dtype)[:, None]
         mass = mass + tail
+        # amin, because padding may name an id again, with weight 0.
+        without = torch.where(weights > 0, -torch.inf, torch.inf).to(logits.dtype)
+        rest = logits.scatter_reduce(1, targets.ids, without, "amin")
         # Within the tail the target is the student's own shape: it is only told how much mass lies there.
-        rest = torch.where(tail[:, None] > 0, (rest - log_rest[:, None]).exp_() * tail[:, None], 0)
-    grad = log_s.exp_().mul_((step * mass + shared)[:, None])
-    grad.scatter_add_(1, targets.ids, -step * weights)
-    if rest is not None:
-        grad.sub_(rest, alpha=step)
-    return grad, cross - targets.entropy.sum().to(cross.dtype)
+        rest_largest, rest_log_sum = softmax_(rest, step * tail)
+    largest, log_sum = softmax_(logits, step * mass + shared)
+    log_s = picked - largest - log_sum
+    # Where there is no mass the student may have none either, and 0 * -inf would be NaN.
+    kl = -torch.where(weights > 0, weights * log_s[:, 1:], 0).sum() - targets.entropy.sum().to(logits.dtype)
+    logits.scatter_add_(1, targets.ids, -step * weights)
+    if targets.tail is not None:
+        log_rest = (rest_largest - largest) + (rest_log_sum - log_sum)
+        kl = kl - torch.where(tail > 0, tail * log_rest, 0).sum()
+        logits.sub_(rest)
+    return log_s[:, :1], kl
 
 
 def _pull_dense(
-    log_s: Tensor, targets: DenseTargets, kd_weight: float, temperature: float, shared: float
+    logits: Tensor, label: Tensor, targets: DenseTargets, temperature: float, step: float, shared: float, softmax_
 ) -> tuple[Tensor, Tensor]:
-    """(kd_weight * tau + shared) * s - kd_weight * tau * t, and sum KL; overwrites ``log_s``."""
-    teacher_logits = torch.nn.functional.linear(targets.hidden, targets.weight, targets.bias).to(log_s.dtype)
-    log_t = torch.log_softmax(teacher_logits / temperature, dim=-1)
+    """As :func:`_pull_sparse`, with the target the whole distribution t: (step + shared) * s - step * t."""
+    teacher = torch.nn.functional.linear(targets.hidden, targets.weight, targets.bias).to(logits.dtype)
+    log_t = torch.log_softmax(teacher / temperature, dim=-1)
+    log_s = torch.log_softmax(logits, dim=-1)
+    picked = log_s.gather(1, label)
     t = log_t.exp()
     kl = torch.where(log_t.isneginf(), 0, t * (log_t - log_s)).sum()
-    step = kd_weight * temperature
-    return log_s.exp_().mul_(step + shared).sub_(t, alpha=step), kl
+    torch.exp(log_s, out=logits).mul_(step + shared).sub_(t, alpha=step)
+    return picked, kl

@@ -49,7 +49,8 @@ def sparse_kl(student_logits: Tensor, targets: SparseTargets) -> Tensor:
     cross = -torch.where(targets.weights > 0, targets.weights * log_s.gather(-1, targets.ids), 0).sum(-1)
     if targets.tail is not None:
         kept = torch.zeros_like(log_s).scatter_add(-1, targets.ids, targets.weights.to(log_s.dtype)) > 0
-        log_rest = log_s.masked_fill(kept, -torch.inf).logsumexp(-1)
+        # Ids at -inf are masked too, because the gradient of a logsumexp over nothing is NaN.
+        log_rest = log_s.masked_fill(kept | log_s.isneginf(), -torch.inf).logsumexp(-1)
         cross = cross - torch.where(targets.tail > 0, targets.tail * log_rest, 0)
     return targets.temperature**2 * (cross - targets.entropy)
 

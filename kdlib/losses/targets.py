@@ -62,3 +62,7 @@ class DenseTargets:
 
     def __getitem__(self, rows) -> "DenseTargets":
         return DenseTargets(self.hidden[rows], self.weight, self.bias)
+
+    def to(self, device: torch.device) -> "DenseTargets":
+        """The same targets on ``device``."""
+        return DenseTargets(*(None if x is None else x.to(device) for x in (self.hidden, self.weight, self.bias)))
