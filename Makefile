@@ -46,7 +46,7 @@ lock:  ## requirements.lock anew from pyproject.toml, and environment.yml from b
 	$(COMPILE) --generate-hashes $$skip >> requirements.lock.new
 	@mv requirements.lock.new requirements.lock
 	@awk 'FILENAME != "environment.yml" { if (split($$1, pin, "==") == 2) version[pin[1]] = pin[2]; next } \
-	split($$2, pin, "==") == 2 { sub(/==.*/, "==" version[pin[1]]) } 1' \
+	split($$2, pin, "==") == 2 { sub(/==[^ ]*/, "==" version[pin[1]]) } 1' \
 	requirements.lock torch.lock environment.yml > environment.yml.new
 	@mv environment.yml.new environment.yml
 

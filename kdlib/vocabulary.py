@@ -15,14 +15,10 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from kdlib.documents import CHATML
 from kdlib.errors import KdlibError
 
 SEPARATOR = "<|endoftext|>"
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 BYTES = frozenset(pre_tokenizers.ByteLevel.alphabet())
 # 13 of the 256 bytes never occur in UTF-8, and some vocabularies lack them. This text holds every byte that does occur:
 # ASCII, the continuation bytes, then the first bytes of two-, three- and four-byte characters.

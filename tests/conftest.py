@@ -13,6 +13,17 @@ from kdlib import report
 from kdlib.profiles import REPOSITORY
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Models this small only lose time by sharing their work among threads."""
+    import torch  # not at the top: some tests prove that they do without
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def analysed(tmp_path_factory) -> Path:
     """A results home in which every analysis notebook has read the synthetic results of the smoke profile."""

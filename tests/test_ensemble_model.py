@@ -24,13 +24,7 @@ from kdlib.errors import KdlibError
 VOCABULARY = 53
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small only lose time by sharing their work among threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def member(seed, **changes):

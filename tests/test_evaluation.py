@@ -22,13 +22,7 @@ from kdlib.statistics import ece, pool_target_logprobs
 VOCABULARY, BLOCK = 67, 16
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small only lose time by sharing their work among threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def model(seed, architecture="llama", **changes):

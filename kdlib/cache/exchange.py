@@ -1,8 +1,8 @@
 """Top-k targets in plain HDF5, to give to other tools and to take from them.
 
-No layout is common to all tools. LLM-Distillery writes, for each conversation, float16 log-probabilities and int32 ``indices_<n>``,
-both [tokens, k] and gzipped; others pad conversations to [samples, length, k]; DistillKit and Axolotl keep lists in parquet. What they
-share is two arrays of one shape, log-probabilities and token ids, and that is the layout here, flat so that nothing is padded::
+No layout is common to all tools. LLM-Distillery writes two datasets a conversation, log-probabilities ``convo_<n>`` (float16) and
+``indices_<n>`` (int32), both [tokens, k] and gzipped; others pad conversations to [samples, length, k]; DistillKit packs lists into
+parquet. What they share is two arrays of one shape, log-probabilities and token ids; so it is here, flat, with nothing padded::
 
     indices    [positions, k] int32               token ids, different within a row
     logprobs   [positions, k] float16 or float32  natural logarithms, of probabilities over the whole vocabulary
@@ -12,8 +12,8 @@ share is two arrays of one shape, log-probabilities and token ids, and that is t
 
 Attributes of the file: ``format`` = "top-k log-probabilities", ``version`` = 1, ``vocabulary`` and whatever the writer adds (text as
 UTF-8 of fixed length, which h5py returns as bytes). Row i is the distribution of the token *after* position i; rows of positions
-that predict nothing hold minus infinity throughout. Datasets are chunked, shuffled, gzipped and checksummed (Fletcher 32, since
-gzip leaves out what it cannot shorten), all built into HDF5: every reader of HDF5 1.10 opens the file.
+that predict nothing hold minus infinity throughout. Datasets are chunked, shuffled and gzipped (hence checksummed), all built into
+HDF5: every reader of HDF5 1.10 opens the file.
 """
 
 import os
@@ -29,7 +29,7 @@ from kdlib.errors import KdlibError
 
 FORMAT, VERSION = "top-k log-probabilities", 1
 CHUNK, STEP = 2**16, 2**20  # entries in one chunk of the file, and handled at a time
-STORED = {"shuffle": True, "compression": "gzip", "compression_opts": 4, "fletcher32": True}
+STORED = {"shuffle": True, "compression": "gzip", "compression_opts": 4}
 
 
 class TopK(NamedTuple):

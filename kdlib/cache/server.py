@@ -41,9 +41,8 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 120.0  # seconds between attempts
 ROUNDING = 1e-4  # by which a log-probability may exceed 0, or a row's mass 1
 NO_PROBABILITY = -9999.0  # what vLLM writes for minus infinity; llama.cpp writes the lowest float
 NO_IDS = "A server that wants its prompt as a string (llama-cpp-python's) is of no use; llama.cpp's llama-server is, with per_position=True."
-AGREEMENT = (
-    0.2  # share of the kept mass on which two answers about one position may differ (low precision, other kernels)
-)
+# Share of the kept mass by which two answers about one position may differ: low precision and other kernels, not another position.
+AGREEMENT = 0.2
 
 
 class CompletionServer:
