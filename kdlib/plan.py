@@ -98,6 +98,8 @@ def _source_identities(step: Step) -> dict[str, str]:
         names = [*values.domains, values.ood] + ([values.tokenizer] if values.tokenizer != "train" else [])
     elif step.kind == "teacher" and values.adaptation != "scratch":
         names = [values.source]
+    elif step.kind == "targets" and values.source.endswith(".h5"):
+        return {"targets": _identity(values.source)}
     else:
         names = []
     return {name: _identity(name) for name in names}
@@ -118,6 +120,8 @@ def step(values: Parameters, label: str = "") -> Step:
     inputs = {"corpus": step(parameters("01_corpus", profile))}
     if kind == "teacher":
         return Step(kind, values, inputs, label or f"teacher {values.adaptation}")
+    if kind == "targets" and values.external:
+        return Step(kind, values, inputs, label or f"targets from {values.source}")
     if kind == "targets":
         inputs["teacher"] = step(parameters("02_teacher", profile, adaptation=values.teacher))
         if values.source == "dense":
@@ -130,7 +134,8 @@ def step(values: Parameters, label: str = "") -> Step:
                 f"The fidelity of targets is that of a student with objective kd; found {student.objective}."
             )
         inputs |= _student_inputs(student) | {"student": step(student)}
-        inputs["teacher"] = inputs["targets"].inputs["teacher"]
+        # Targets from outside are compared with the profile's own teacher.
+        inputs["teacher"] = step(parameters("02_teacher", profile, adaptation=student.teacher))
         return Step(kind, values, inputs, label or f"fidelity of seed {values.seed}")
     if kind == "student":
         inputs |= _student_inputs(values)

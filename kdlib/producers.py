@@ -28,9 +28,11 @@ from kdlib import (
     synthetic,
     vocabulary,
 )
-from kdlib.cache import DenseTeacher, Kind, ModelTeacher, TargetCache, write_targets
+from kdlib.cache import DenseTeacher, FileTeacher, Kind, ModelTeacher, ServerTeacher, TargetCache, write_targets
 from kdlib.cache.reader import guard
+from kdlib.cache.server import CompletionServer
 from kdlib.ensemble.model import EnsembleForCausalLM
+from kdlib.errors import KdlibError
 from kdlib.evaluation import Evaluation, evaluate, predicting_positions
 from kdlib.losses import balance
 from kdlib.losses.features import FeatureLoss
@@ -156,24 +158,47 @@ def _targets(step: Step, inputs: dict, folder: Path) -> dict:
     values = step.parameters
     split = corpus.load_split(inputs["corpus"].path / "data", "train")
     block_length = _block_length(inputs["corpus"])
-    if values.source == "dense":
-        teacher, flops = DenseTeacher(_open_targets(inputs | {"targets": inputs["dense"]}, split, 1.0)), 0
-    else:
-        model = load_model(inputs["teacher"])
-        rows = 8 if model.device.type == "cpu" else 64
-        teacher = ModelTeacher(model, models.precision(values.precision), rows)
-        flops = models.flops_per_token(model, block_length)
+    teacher = _targets_teacher(step, inputs, split, load_tokenizer(inputs["corpus"]))
     metrics = write_targets(
         folder / "targets",
         teacher,
         split,
-        target_guard(inputs["corpus"], split, inputs["teacher"].id),
+        target_guard(inputs["corpus"], split, _whose(step.settings)),
         Kind(values.kind, values.draws, values.top_k, values.proposal),
         1.0 if values.kind == "dense" else values.temperature,
         values.seed,
         block_length,
     )
-    return metrics | {"flops": flops * metrics["tokens"]}
+    ran = isinstance(teacher, ModelTeacher)
+    return metrics | {"flops": models.flops_per_token(teacher.model, block_length) * metrics["tokens"] if ran else 0}
+
+
+def _targets_teacher(step: Step, inputs: dict, split: corpus.Split, tokenizer):
+    """Whoever is asked for targets: the profile's teacher, its dense targets, a server or a file."""
+    values = step.parameters
+    if values.source == "dense":
+        return DenseTeacher(_open_targets(inputs | {"targets": inputs["dense"]}, split, 1.0))
+    if values.source == "teacher":
+        model = load_model(inputs["teacher"])
+        rows = 8 if model.device.type == "cpu" else 64
+        return ModelTeacher(model, models.precision(values.precision), rows)
+    if values.source.endswith(".h5"):
+        return FileTeacher(Path(values.source), split, len(tokenizer))
+    url, model = values.source.split("#", 1)
+    server = CompletionServer(url, model, values.top_k, tokenizer)
+    try:
+        server.check()
+    except KdlibError:
+        # llama.cpp's server answers for one position at a time; an error of that way is the one to tell.
+        server = CompletionServer(url, model, values.top_k, tokenizer, per_position=True)
+        server.check()
+    return ServerTeacher(server)
+
+
+def _whose(settings: dict) -> str:
+    """The teacher of a targets run, for the guard: a run's id, or what a server or file is known by."""
+    outside = [settings["parameters"].get("source", ""), *settings["sources"].values()]
+    return settings["inputs"].get("teacher") or " ".join(outside)
 
 
 def _student(step: Step, inputs: dict, folder: Path) -> dict:
@@ -431,7 +456,7 @@ def load_model(run: runs.Run) -> torch.nn.Module:
     """
     folder = run.path / "model"
     if not folder.is_dir():
-        raise runs.KdlibError(
+        raise KdlibError(
             f"{run.id} holds results but no model (models are not committed). Delete {run.path} and run its notebook again."
         )
     model = AutoModelForCausalLM.from_pretrained(

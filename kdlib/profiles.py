@@ -132,8 +132,11 @@ class TargetParameters(Parameters):
     )
     draws: int = Field(ge=1, le=255, description="draws a token (kind=sampled, topk_sampled)")
     top_k: int = Field(ge=1, le=4096, description="ids a token (kind=topk, topk_sampled)")
-    source: Literal["teacher", "dense"] = Field(
-        "teacher", description="dense: drawn from the profile's dense targets, without running the teacher again"
+    source: str = Field(
+        "teacher",
+        pattern=r"^(teacher|dense|https?://[^#\s]+#\S+|.+\.h5)$",
+        description="teacher: run it; dense: draw from the profile's dense targets, without running it again; "
+        "http://host:port#model: a completion server; a path ending in .h5: top-k targets of another tool",
     )
     proposal: float = Field(
         1.0, gt=0, le=1.5, description="rho: draws come from t^rho and are weighted back (kind=sampled, topk_sampled)"
@@ -146,7 +149,17 @@ class TargetParameters(Parameters):
     def _dense_is_the_source(self):
         if self.kind == self.source == "dense":
             raise ValueError("dense targets are written by the teacher; leave out source")
+        if self.external and (self.kind != "topk" or self.temperature != 1):
+            raise ValueError(
+                "servers and files tell the most likely tokens at temperature 1; expected kind topk and temperature 1, found "
+                f"{self.kind} and {self.temperature}"
+            )
         return self
+
+    @property
+    def external(self) -> bool:
+        """Whether the targets come from a server or a file, and not from the profile's teacher."""
+        return self.source not in ("teacher", "dense")
 
     def identity(self) -> dict[str, Any]:
         """Leaves out the other kinds' sizes, and the seed where nothing is drawn."""
@@ -157,6 +170,10 @@ class TargetParameters(Parameters):
             "topk_sampled": set(),
             "dense": {"draws", "top_k", "proposal", "seed", "temperature"},
         }[self.kind]
+        if self.external:
+            unread |= {"teacher", "precision"}
+            # Where a server or a file is does not matter; a file counts by its hash, among the sources.
+            values["source"] = f"server's {self.source.split('#', 1)[1]}" if "#" in self.source else "file"
         return {name: value for name, value in values.items() if name not in unread}
 
 

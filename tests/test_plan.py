@@ -142,6 +142,23 @@ def test_redrawn_targets_read_the_dense_ones_of_their_teacher():
         profiles.parameters("03_targets", "smoke", source="dense", kind="dense")
 
 
+def test_targets_from_outside_count_by_what_they_are_and_not_by_where(tmp_path):
+    def targets(source):
+        return plan.step(profiles.parameters("03_targets", "smoke", kind="topk", source=source))
+
+    for name, content in (("a", b"one"), ("b", b"one"), ("c", b"two")):
+        (tmp_path / f"{name}.h5").write_bytes(content)
+    files = [targets(str(tmp_path / f"{name}.h5")).id for name in "abc"]
+    assert files[0] == files[1] != files[2]
+    here, there, other = (targets(source).id for source in ("http://here:1#m", "https://there/v1#m", "http://here:1#n"))
+    assert here == there != other
+    assert targets("http://here:1#m").inputs.keys() == {"corpus"}
+    with pytest.raises(KdlibError, match="expected kind topk and temperature 1, found sampled"):
+        profiles.parameters("03_targets", "smoke", source="http://here:1#m")
+    with pytest.raises(KdlibError, match="Unknown source"):
+        assert targets(str(tmp_path / "missing.h5")).id
+
+
 @pytest.mark.parametrize(
     ("changes", "inputs"),
     [

@@ -159,6 +159,27 @@ def take(kind: Kind, log_t: Tensor, uniforms: Tensor | None) -> dict[str, np.nda
     return _entries(ids, encoding.round_weights(weights, rounding), used)
 
 
+def take_top(
+    kind: Kind, ids: np.ndarray, log_probabilities: np.ndarray, log_tail: np.ndarray, labels: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The entries and statistics of n tokens of which no more is known than their most likely successors.
+
+    Args:
+        kind: topk, of no more than the K that are known.
+        ids, log_probabilities: [n, K], descending; log_tail: [n], log of the mass of all others; labels: [n].
+
+    Returns:
+        As :func:`take` and :func:`statistics`; the latter are those of K + 1 outcomes, and so lower bounds.
+    """
+    k, listed = kind.top_k, np.exp(log_probabilities)
+    tail = np.logaddexp(log_tail, np.logaddexp.reduce(log_probabilities[:, k:], axis=1, initial=-np.inf))
+    at_label = ids == labels[:, None]
+    nll = np.where(at_label.any(1), -np.where(at_label, log_probabilities, 0).sum(1), -log_tail)
+    entropy = -(listed * log_probabilities).sum(1) - np.exp(log_tail) * np.where(np.isneginf(log_tail), 0, log_tail)
+    kept = _entries(ids[:, :k], encoding.round_weights(listed[:, :k]), np.ones((len(ids), k), bool))
+    return kept | {"log_tail": tail, "entropy": entropy, "nll": nll}
+
+
 def _rest(log_t: Tensor, ids: Tensor) -> tuple[Tensor, np.ndarray]:
     # Summed directly over what is left: 1 - (sum of the kept) has no correct digit once the kept mass nears 1.
     rest = log_t.scatter(1, ids, -torch.inf)

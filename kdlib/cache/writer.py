@@ -11,6 +11,7 @@ from safetensors.numpy import save
 
 from kdlib import corpus
 from kdlib.cache import encoding, kinds
+from kdlib.cache.external import FileTeacher, ServerTeacher, TopChunk
 from kdlib.cache.shards import (
     SHARD_BYTES,
     VERSION,
@@ -30,7 +31,7 @@ from kdlib.progress import bar
 
 def write_targets(
     folder: Path,
-    teacher: ModelTeacher | DenseTeacher,
+    teacher: ModelTeacher | DenseTeacher | ServerTeacher | FileTeacher,
     split: corpus.Split,
     guard: dict,
     kind: kinds.Kind,
@@ -97,13 +98,19 @@ def write_targets(
     return _finish(folder, description, len(shards), len(split.tokens), written / seconds if written else None)
 
 
-def _check(teacher: ModelTeacher | DenseTeacher, kind: kinds.Kind, temperature: float, guard: dict) -> None:
+def _check(teacher: ModelTeacher | DenseTeacher | ServerTeacher | FileTeacher, kind: kinds.Kind, temperature: float, guard: dict) -> None:
     if kind.has_head and kind.top_k >= teacher.vocabulary:
         raise KdlibError(
             f"top_k must lie in 1..{teacher.vocabulary - 1}, below the vocabulary; found {kind.top_k}. For whole distributions use kind dense."
         )
     if not temperature > 0:
         raise KdlibError(f"The temperature must be above 0; found {temperature}.")
+    outside = isinstance(teacher, ServerTeacher | FileTeacher)
+    if outside and (kind.name != "topk" or temperature != 1 or kind.top_k > teacher.top_k):
+        raise KdlibError(
+            f"This teacher tells its {teacher.top_k} most likely tokens at temperature 1 and no more: expected kind topk, top_k at "
+            f"most {teacher.top_k}; found kind {kind.name}, top_k {kind.top_k}, temperature {temperature}."
+        )
     if kind.name == "dense" and (temperature != 1 or teacher.width is None):
         raise KdlibError(
             "Dense targets are the teacher's hidden states before one output matrix, kept at temperature 1 to serve every temperature; found "
@@ -159,7 +166,13 @@ def _shard(teacher, split, windows, kind, temperature, seed, block_length):
     """Flat positions and entries of one shard; a window's draws depend on the seed and on where it starts, on nothing else."""
     uniforms = _uniforms(windows, seed, kind.uniforms) if kind.draws_ids else None
     order, parts = [], []
-    for positions, labels, logits, hidden in teacher.chunks(split, corpus.pack(windows, block_length)):
+    for chunk in teacher.chunks(split, corpus.pack(windows, block_length)):
+        if isinstance(chunk, TopChunk):
+            positions, labels, *top = chunk
+            parts.append(kinds.take_top(kind, *top, labels))
+            order.append(positions)
+            continue
+        positions, labels, logits, hidden = chunk
         log_t = torch.log_softmax(logits / temperature, dim=-1)
         if not torch.isfinite(log_t.gather(1, labels[:, None])).all():
             raise KdlibError(
