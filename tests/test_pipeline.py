@@ -24,7 +24,7 @@ def snakemake(home: Path, *arguments: str, profile: str = "smoke", **options) ->
     """Snakemake as ``make paper`` calls it, with results and notebooks under ``home``."""
     command = [sys.executable, "-m", "snakemake", "--config", f"profile={profile}", *arguments]
     # Threads that wait sleep: they would take the cores from whatever else runs on the machine that tests.
-    environment = {**os.environ, "KDLIB_HOME": str(home), "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {**os.environ, "KDLIB_HOME": str(home)}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=REPOSITORY, env=environment, **streams, **options)
 
