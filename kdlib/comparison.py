@@ -159,7 +159,7 @@ def sizes(table: pd.DataFrame) -> pd.DataFrame:
 def target_runs(profile: str) -> pd.DataFrame:
     """The grid ``targets`` of a profile, a row a student: how its targets were kept, what they cost, how near it came.
 
-    Columns: targets (in words), kind, seed, bytes_per_token, entries_per_token, angle_initial, angle_trained (degrees),
+    Columns: targets (in words), kind (``importance`` where draws come from a proposal), seed, bytes_per_token, entries_per_token, angle_initial, angle_trained (degrees),
     teacher_kl, nll, ece, full_ece, nll_calibrated (test text), student (its run).
 
     Raises:
@@ -170,7 +170,8 @@ def target_runs(profile: str) -> pd.DataFrame:
     for run in table.run[table.kind == "fidelity"] if len(table) else []:
         inputs, metrics = run.settings["inputs"], run.metrics
         cached = table.run[inputs["targets"]].settings["parameters"]
-        row = {"targets": _targets_in_words(cached), "kind": cached["kind"], "seed": run.settings["parameters"]["seed"]}
+        kind = "importance" if cached["kind"] == "sampled" and "proposal" in cached else cached["kind"]
+        row = {"targets": _targets_in_words(cached), "kind": kind, "seed": run.settings["parameters"]["seed"]}
         measured = ("bytes_per_token", "entries_per_token", "angle_initial", "angle_trained", "teacher_kl")
         row |= {name: metrics[name] for name in measured} | metrics["test"]
         rows.append(row | {"student": table.run[inputs["student"]]})

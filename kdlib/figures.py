@@ -13,7 +13,13 @@ from kdlib import runs
 
 # Okabe and Ito's palette, told apart by colour-blind readers and in greyscale.
 COLOURS = {"CE": "#0072B2", "KD": "#D55E00", "online KD": "#009E73", "teacher": "#333333", "untrained": "#999999"}
-KINDS = {"sampled": "#D55E00", "topk": "#0072B2", "topk_sampled": "#009E73", "dense": "#333333"}
+KINDS = {
+    "sampled": "#D55E00",
+    "importance": "#CC79A7",
+    "topk": "#0072B2",
+    "topk_sampled": "#009E73",
+    "dense": "#333333",
+}
 WIDTH = 6.3  # inches: the paper's text width
 
 

@@ -85,7 +85,11 @@ def _further_code(values: Parameters) -> list[str]:
         return []
     uses = {
         "initialisation": values.initialisation != "random" or values.noise > 0,
-        "schedules": bool(values.stages or values.kd_weight_schedule or values.temperature_schedule),
+        "schedules": bool(
+            values.stages
+            or values.temperature_schedule
+            or (values.kd_weight_schedule and values.objective != "ce")
+        ),
         "selection": values.selection is not None,
         "synthetic": values.text != "real",
     }
@@ -125,7 +129,7 @@ def step(values: Parameters, label: str = "") -> Step:
     if kind == "targets":
         inputs["teacher"] = step(parameters("02_teacher", profile, adaptation=values.teacher))
         if values.source == "dense":
-            inputs["dense"] = step(parameters("03_targets", profile, teacher=values.teacher, kind="dense"))
+            inputs["dense"] = step(parameters("03_targets", profile, teacher=values.teacher, kind="dense", source="teacher"))
         return Step(kind, values, inputs, label or f"targets {values.kind}")
     if kind == "fidelity":
         student = parameters("04_student", profile, **{**values.student, "seed": values.seed})
@@ -159,7 +163,8 @@ def _student_inputs(values: StudentParameters) -> dict[str, Step]:
             _refuse_unserved(values.divergence, targets)
         inputs["targets"] = step(targets)
     if selects == "student_nll":
-        inputs["scorer"] = step(parameters("04_student", profile, objective="ce", seed=1))
+        # Without a selection of its own, or it would need a scorer in turn.
+        inputs["scorer"] = step(parameters("04_student", profile, objective="ce", seed=1, selection=None))
     return inputs
 
 

@@ -221,7 +221,7 @@ class StudentParameters(TrainingParameters):
     )
     kd_weight_schedule: Schedule | None = Field(None, description="kd_weight over training, in place of a constant")
     temperature_schedule: Schedule | None = Field(
-        None, description="temperature over training (objective=online_kd, or dense targets)"
+        None, description="temperature over training (objective=online_kd)"
     )
     feature: Literal["none", "hidden_mse", "hidden_cosine", "attention_mse", "relation"] = Field(
         "none", description="a loss on hidden states or attention beside the others (objective=online_kd)"

@@ -178,6 +178,23 @@ def test_a_student_reads_what_its_settings_ask_for(changes, inputs):
     assert plan.step(profiles.parameters("04_student", "smoke", **changes)).inputs.keys() == inputs
 
 
+def test_what_a_profiles_sections_say_does_not_lead_in_circles(mine):
+    by_student = {"by": "student_nll", "mode": "highest", "share": 0.5}
+    chosen = plan.step(profiles.parameters("04_student", mine("chosen", student={"selection": by_student})))
+    assert chosen.inputs["scorer"].parameters.selection is None
+    redrawn = plan.step(profiles.parameters("03_targets", mine("redrawn", targets={"source": "dense"})))
+    assert redrawn.inputs["dense"].parameters.source == "teacher"
+
+
+def test_a_schedule_that_cross_entropy_does_not_read_makes_no_other_student():
+    schedule = {"shape": "linear", "start": 1, "end": 0}
+    plain, scheduled = (
+        plan.step(profiles.parameters("04_student", "smoke", objective="ce", kd_weight_schedule=one)).id
+        for one in (None, schedule)
+    )
+    assert plain == scheduled
+
+
 @pytest.mark.parametrize(
     ("divergence", "kind", "served"),
     [
