@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -153,7 +154,8 @@ def test_every_profile_is_planned_without_network_or_results(profile, tmp_path, 
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("KDLIB_CACHE", str(tmp_path / "cache"))
     out = finished(snakemake(tmp_path, "--dry-run", profile=profile))
-    assert f"total                   {len(plan.study(profile)) + len(report.analyses(load(profile).study.grids)) + 2:8d}" in out
+    jobs = len(plan.study(profile)) + len(report.analyses(load(profile).study.grids)) + 2
+    assert re.search(rf"^total +{jobs}$", out, re.MULTILINE)
     assert not (tmp_path / "results").exists() or list((tmp_path / "results").rglob("*.json")) == []
 
 
