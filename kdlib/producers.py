@@ -250,8 +250,8 @@ def _student(step: Step, inputs: dict, folder: Path) -> dict:
 
 
 def _open_targets(inputs: dict, split: corpus.Split, temperature: float) -> TargetCache:
-    teacher = inputs["targets"].settings["inputs"]["teacher"]
-    return TargetCache(inputs["targets"].path / "targets", target_guard(inputs["corpus"], split, teacher), temperature)
+    expected = target_guard(inputs["corpus"], split, _whose(inputs["targets"].settings))
+    return TargetCache(inputs["targets"].path / "targets", expected, temperature)
 
 
 def _features(values, student, teacher) -> FeatureLoss | None:

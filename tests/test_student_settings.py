@@ -14,6 +14,7 @@ from test_training import Interrupt, distance, same, weights
 from tiny import BLOCK, dense_log_probs, make_model, make_split, predicting
 
 from kdlib import fidelity, initialisation, models, plan, producers, profiles, sources
+from kdlib.cache import export_cache
 from kdlib.corpus import load_split, pack
 from kdlib.errors import KdlibError
 from kdlib.losses.divergences import DIVERGENCES
@@ -84,6 +85,20 @@ def train_split(profile):
 
 
 # Targets
+
+
+def test_a_student_learns_from_targets_that_another_tool_wrote(profile, tmp_path):
+    train, cells = train_split(profile), {"kind": "topk", "top_k": 4}
+    own = step(profile, targets=cells).inputs["targets"]
+    cache = producers._open_targets({"corpus": make(profile, "01_corpus"), "targets": producers.make(own)}, train, 1.0)
+    export_cache(cache, train, tmp_path / "targets.h5")
+    taken = cells | {"source": str(tmp_path / "targets.h5")}
+    student, alike = make(profile, targets=taken), make(profile, targets=cells)
+    assert student.settings["inputs"].keys() == {"corpus", "targets"} and student.id != alike.id
+    nll = [run.metrics["evaluation"]["test"]["nll"] for run in (student, alike)]
+    assert nll[0] == pytest.approx(nll[1], abs=0.01)
+    measured = make(profile, "06_fidelity", student={"objective": "kd", "targets": taken}).metrics
+    assert measured["angle_trained"] > 0
 
 
 @pytest.mark.parametrize(
