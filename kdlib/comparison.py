@@ -159,8 +159,9 @@ def sizes(table: pd.DataFrame) -> pd.DataFrame:
 def target_runs(profile: str) -> pd.DataFrame:
     """The grid ``targets`` of a profile, a row a student: how its targets were kept, what they cost, how near it came.
 
-    Columns: targets (in words), kind (``importance`` where draws come from a proposal), seed, bytes_per_token, entries_per_token, angle_initial, angle_trained (degrees),
-    teacher_kl, nll, ece, full_ece, nll_calibrated (test text), student (its run).
+    Columns: targets (in words), kind (``importance`` where draws come from a proposal), seed, bytes_per_token,
+    entries_per_token, angle_initial, angle_trained (degrees), teacher_kl, nll, ece, full_ece, nll_calibrated (test text),
+    student (its run).
 
     Raises:
         KdlibError: the profile's results hold no such grid.

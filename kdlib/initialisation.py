@@ -160,7 +160,7 @@ def _renumbered(state: dict[str, Tensor], prefix: str, kept: list[int]) -> dict[
 def _require_same_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     try:
         expected, found = (len(model.get_input_embeddings().weight) for model in (teacher, student))
-    except NotImplementedError:
+    except NotImplementedError:  # how transformers says that a model, such as an ensemble, has no one embedding
         expected = None
     if expected is None or not isinstance(teacher, PreTrainedModel):
         raise KdlibError(

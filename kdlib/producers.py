@@ -125,7 +125,7 @@ def _teacher(step: Step, inputs: dict, folder: Path) -> dict:
         model = models.load_teacher(path).to(_device())
         kept = inputs["corpus"].path / "data" / "kept_tokens.npy"
         if not kept.is_file():
-            raise ValueError(
+            raise KdlibError(
                 f"The corpus has a vocabulary of its own, which {values.source} does not share; use adaptation=scratch."
             )
         if values.adaptation == "frozen":
@@ -208,11 +208,7 @@ def _student(step: Step, inputs: dict, folder: Path) -> dict:
         load_tokenizer(inputs["corpus"]),
         _block_length(inputs["corpus"]),
     )
-    shape = models.Shape(
-        layers=values.layers, hidden_size=values.hidden_size, heads=values.heads, architecture=values.architecture
-    )
-    attention = "eager" if values.feature == "attention_mse" else None
-    model = models.build(shape, tokenizer, block_length, values.seed, attention).to(_device())
+    model = _untrained(values, tokenizer, block_length)
     teacher = load_model(inputs["teacher"]) if "teacher" in inputs else None
     if teacher is not None:
         vocabulary.require_same(load_tokenizer(inputs["teacher"]), tokenizer)
@@ -247,6 +243,14 @@ def _student(step: Step, inputs: dict, folder: Path) -> dict:
     metrics = _store(folder, evaluation) | {"training": training, "parameters": models.parameters_by_component(model)}
     _save(model, tokenizer, folder, step, metrics)
     return metrics
+
+
+def _untrained(values, tokenizer, block_length: int):
+    shape = models.Shape(
+        layers=values.layers, hidden_size=values.hidden_size, heads=values.heads, architecture=values.architecture
+    )
+    attention = "eager" if values.feature == "attention_mse" else None
+    return models.build(shape, tokenizer, block_length, values.seed, attention).to(_device())
 
 
 def _open_targets(inputs: dict, split: corpus.Split, temperature: float) -> TargetCache:
@@ -309,17 +313,11 @@ def _fidelity(step: Step, inputs: dict, folder: Path) -> dict:
     cache = _open_targets(inputs, data["train"], settings.temperature)
     rows = max(1, values.tokens // block_length)
     # Spread over the split, the same rows for every cache and student.
-    train = corpus.pack(data["train"].windows(block_length), block_length)
-    train = np.random.default_rng(0).permutation(train)[:rows]
-    test = corpus.pack(data["test"].windows(block_length), block_length)
-    test = np.random.default_rng(0).permutation(test)[:rows]
-    shape = models.Shape(
-        layers=settings.layers,
-        hidden_size=settings.hidden_size,
-        heads=settings.heads,
-        architecture=settings.architecture,
+    train, test = (
+        np.random.default_rng(0).permutation(corpus.pack(data[name].windows(block_length), block_length))[:rows]
+        for name in ("train", "test")
     )
-    fresh = models.build(shape, load_tokenizer(inputs["corpus"]), block_length, settings.seed).to(_device())
+    fresh = _untrained(settings, load_tokenizer(inputs["corpus"]), block_length)
     evaluated = inputs["student"].metrics["evaluation"]["test"]
     return {
         "angle_initial": fidelity.gradient_angle(fresh, teacher, cache, data["train"], train),

@@ -126,8 +126,7 @@ def execute(path: Path, output: Path, values: dict[str, Any]) -> int:
     """Execute the notebook at ``path`` with papermill in a kernel of its own; returns the exit status."""
     # The kernel inherits it: bars are drawn as text on a terminal, and not at all in the log of a batch job.
     os.environ["KDLIB_TERMINAL" if sys.stderr.isatty() else "KDLIB_BATCH"] = "1"
-    # Threads that spin while they wait make training several times slower on a machine that does anything else; sleeping
-    # costs about a fiftieth on one that does not.
+    # Threads that spin while they wait take the cores from those that they wait for, on a machine that does anything else.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     output.parent.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, _stop)
