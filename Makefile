@@ -12,17 +12,18 @@ help:
 
 env: .venv/ready  ## the environment, made once from the lock files
 
+# Modules are byte-compiled when they are first imported (--no-compile): most of the 18 000 never are.
 # The marker is written last, and the folder is emptied first: an environment that was interrupted half-way is made anew.
 .venv/ready: requirements.lock torch.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"kdlib needs Python 3.11 to 3.13; {sys.executable} is {v[0]}.{v[1]}. Try: make env PYTHON=python3.12")'
 	$(PYTHON) -m venv --clear .venv
-	$(RUN) pip install --quiet --require-hashes --no-deps -r requirements.lock
-	$(RUN) pip install --quiet -r torch.lock
+	$(RUN) pip install --quiet --no-compile --require-hashes --no-deps -r requirements.lock
+	$(RUN) pip install --quiet --no-compile -r torch.lock
 	$(RUN) pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-paper: env  ## everything from raw text to the paper's PDF, for PROFILE; goes on where it was stopped
-	@$(RUN) kdlib.plan $(PROFILE)
+paper: env  ## everything from raw text to the paper's PDF, for PROFILE (and its GRIDS); goes on where it was stopped
+	@$(RUN) kdlib.plan $(PROFILE) $(GRIDS)
 	$(RUN) snakemake --config profile=$(PROFILE)
 
 figures: env  ## tables, figures and the PDF again, from the results of PROFILE as they lie there
@@ -39,7 +40,7 @@ lint: env  ## style and common mistakes (needs ruff)
 	ruff check kdlib tests
 
 # torch comes in a CPU and in a CUDA build, so it and what only it needs are left to torch.lock.
-COMPILE := uv pip compile pyproject.toml --quiet --all-extras --universal --python-version 3.11 --no-header --no-annotate
+COMPILE := uv pip compile pyproject.toml --quiet --extra test --extra lab --extra build --universal --python-version 3.11 --no-header --no-annotate
 lock:  ## requirements.lock anew from pyproject.toml, and environment.yml from both locks (needs uv)
 	@sed -n '/^#/p' requirements.lock > requirements.lock.new
 	@skip=$$($(COMPILE) | sed -nE 's/^((nvidia|cuda)-[a-z0-9-]+|torch|triton)==.*/--no-emit-package \1/p') && \

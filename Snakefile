@@ -20,7 +20,9 @@ PROFILE = str(config.get("profile", "quick"))
 if PROFILE.endswith((".yaml", ".yml")):
     PROFILE = str(Path(PROFILE).resolve())  # jobs run elsewhere
 try:
-    STUDY = {step.id: step for step in plan.study(PROFILE)}
+    # Those that were asked for with `make paper GRIDS=…`, or `python -m kdlib.plan PROFILE GRID …`.
+    GRIDS = plan.begun(PROFILE)
+    STUDY = {step.id: step for step in plan.study(PROFILE, GRIDS)}
 except KdlibError as error:
     sys.exit(str(error))
 
@@ -38,7 +40,7 @@ WRITTEN = {
         *[f"{RESULTS}/{table}.csv" for table in tables],
         *[f"figures/{RESULTS.name}/{figure}.{kind}" for figure in figures for kind in ("pdf", "png")],
     ]
-    for notebook, (tables, figures) in report.analyses(load(PROFILE).study.grids).items()
+    for notebook, (tables, figures) in report.analyses(GRIDS).items()
 }
 
 workdir: runs.home()
@@ -47,7 +49,7 @@ shell.prefix(f"export PATH={str(Path(sys.executable).parent)!r}:$PATH; ")
 
 
 onstart:
-    plan.write(PROFILE)
+    plan.write(PROFILE, GRIDS)
 
 
 localrules: all
@@ -81,7 +83,7 @@ for notebook, written in WRITTEN.items():
             notebook=notebook,
             profile=PROFILE,
             code=notebooks.code_hash(notebooks.find(f"notebooks/{notebook}.ipynb")),
-            library=[code_hash(module) for module in ("runs", "statistics", "comparison", "accounts", "figures", "report")],
+            library=[code_hash(module) for module in ("runs", "statistics", "comparison", "studies", "accounts", "figures", "report")],
             plan=runs.digest([[step.id, step.label] for step in STUDY.values()]),
             settings=runs.digest(load(PROFILE).model_dump(mode="json")),
         message: "analysis {params.notebook}"

@@ -156,60 +156,6 @@ def sizes(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def target_runs(profile: str) -> pd.DataFrame:
-    """The grid ``targets`` of a profile, a row a student: how its targets were kept, what they cost, how near it came.
-
-    Columns: targets (in words), kind (``importance`` where draws come from a proposal), seed, bytes_per_token,
-    entries_per_token, angle_initial, angle_trained (degrees), teacher_kl, nll, ece, full_ece, nll_calibrated (test text),
-    student (its run).
-
-    Raises:
-        KdlibError: the profile's results hold no such grid.
-    """
-    table = runs.table(profile, "targets")
-    rows = []
-    for run in table.run[table.kind == "fidelity"] if len(table) else []:
-        inputs, metrics = run.settings["inputs"], run.metrics
-        cached = table.run[inputs["targets"]].settings["parameters"]
-        kind = "importance" if cached["kind"] == "sampled" and "proposal" in cached else cached["kind"]
-        row = {"targets": _targets_in_words(cached), "kind": kind, "seed": run.settings["parameters"]["seed"]}
-        measured = ("bytes_per_token", "entries_per_token", "angle_initial", "angle_trained", "teacher_kl")
-        row |= {name: metrics[name] for name in measured} | metrics["test"]
-        rows.append(row | {"student": table.run[inputs["student"]]})
-    if not rows:
-        raise KdlibError(
-            f"The results of profile {profile!r} hold no students that differ in their targets. Name some under "
-            "study: grids: targets in the profile, as in profiles/laptop.yaml."
-        )
-    return pd.DataFrame(rows)
-
-
-def _targets_in_words(cached: dict) -> str:
-    draws = f"{cached.get('draws')} draws" + (f", ρ = {cached['proposal']:g}" if "proposal" in cached else "")
-    words = {
-        "sampled": draws,
-        "topk": f"top {cached.get('top_k')}",
-        "topk_sampled": f"top {cached.get('top_k')} + {draws}",
-        "dense": "all",
-    }
-    return words[cached["kind"]]
-
-
-def target_means(table: pd.DataFrame) -> pd.DataFrame:
-    """Means over seeds of :func:`target_runs`, a row a way of keeping targets, in the grid's order."""
-    grouped = table.drop(columns=["seed", "student"]).groupby(["targets", "kind"], sort=False)
-    return grouped.mean().assign(runs=grouped.size()).reset_index()
-
-
-def target_differences(table: pd.DataFrame, resamples: int) -> pd.DataFrame:
-    """Each way of keeping targets against the grid's first, see :func:`differences`."""
-    students = {name: list(group.student) for name, group in table.groupby("targets", sort=False)}
-    reference, *others = [f"student of {name}" for name in students]
-    found = {f"student of {name}": group for name, group in students.items()}
-    pairs = [Pair(name, reference, found[name], found[reference], paired=False) for name in others]
-    return differences(pairs, resamples)
-
-
 def best_member(ensemble: pd.Series, table: pd.DataFrame) -> runs.Run:
     """The ensemble's member with the lowest NLL on the validation split (the test splits have no say in it)."""
     members = [table.run[member] for member in ensemble.members]

@@ -1,5 +1,7 @@
 """How near a student and its cached targets come to the teacher's whole distribution: gradients and KL."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -12,14 +14,14 @@ from kdlib.progress import bar
 ROWS = 16  # rows of block_length tokens in one batch: that of a step, since the angle depends on how much is averaged
 
 
-def gradient_angle(
-    student: torch.nn.Module,
+def gradient_angles(
+    students: Sequence[torch.nn.Module],
     teacher: ModelTeacher,
     cache: TargetCache,
     split: corpus.Split,
     index: np.ndarray,
-) -> float:
-    """Mean angle, in degrees, between the KD gradients from cached targets and from the teacher's whole distribution.
+) -> list[float]:
+    """Each student's mean angle, in degrees, between KD gradients from cached targets and from the whole distribution.
 
     The gradients are those of every parameter of the student as one vector, for a batch of 16 rows. 0 means that a step
     goes where it should, 90 that it has nothing to do with it (Anshumann et al. 2025, arXiv 2503.16870, section 4).
@@ -30,11 +32,9 @@ def gradient_angle(
     angles = []
     for start in bar(range(0, len(index), ROWS), "comparing gradients"):
         at = index[start : start + ROWS]
-        whole = _whole(teacher, split, at)
-        found = [_gradient(student, split, at, targets, cache.temperature) for targets in (cache.read(at), whole)]
-        cosine = torch.dot(*found) / (found[0].norm() * found[1].norm())
-        angles.append(np.degrees(np.arccos(min(1.0, cosine.item()))))
-    return float(np.mean(angles))
+        both = cache.read(at), _whole(teacher, split, at)
+        angles.append([_angle(student, split, at, both, cache.temperature) for student in students])
+    return np.mean(angles, axis=0).tolist()
 
 
 def divergence(
@@ -57,6 +57,12 @@ def _whole(teacher: ModelTeacher, split: corpus.Split, at: np.ndarray) -> DenseT
     hidden = torch.zeros(at.size, found.shape[1], device=found.device)
     hidden[torch.from_numpy(np.flatnonzero(at.reshape(-1) >= 0)).to(found.device)] = found.float()
     return DenseTargets(hidden, weight.detach().float(), bias)
+
+
+def _angle(student, split, at, both, temperature) -> float:
+    found = [_gradient(student, split, at, targets, temperature) for targets in both]
+    cosine = torch.dot(*found) / (found[0].norm() * found[1].norm())
+    return np.degrees(np.arccos(min(1.0, cosine.item())))
 
 
 def _gradient(student, split, at, targets, temperature) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """How figures look: one style, one colour a method, labels beside what they name, the same bytes from the same data."""
 
+import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -20,6 +21,7 @@ KINDS = {
     "topk_sampled": "#009E73",
     "dense": "#333333",
 }
+DARK, GREY = "#333333", "#767676"
 WIDTH = 6.3  # inches: the paper's text width
 
 
@@ -45,21 +47,64 @@ def colour(method: str) -> str:
 def dots(axis: Axes, frame: pd.DataFrame, label: str, value: str, limits: tuple[float, float] | None = None) -> None:
     """A line per row of ``frame``, top first: the value, its interval (columns low, high), and the number at the right.
 
-    A value beyond ``limits`` becomes an arrow at that edge; the number stays what it is.
+    A value beyond ``limits`` becomes an arrow at that edge; the number stays what it is. A column ``colour`` takes the
+    place of the methods' colours.
     """
     low, high = limits or (-np.inf, np.inf)
     for place, row in enumerate(frame.to_dict("records")):
-        tint, inside = colour(row[label]), low <= row[value] <= high
+        tint, inside = row.get("colour") or colour(row[label]), low <= row[value] <= high
         if inside:
             axis.plot([row["low"], row["high"]], [place, place], color=tint, linewidth=1.6, solid_capstyle="butt")
         marker = "o" if inside else ">" if row[value] > high else "<"
         axis.plot(np.clip(row[value], low, high), place, marker=marker, color=tint, markersize=4.5, clip_on=False)
-        text = f"{row[value]:.3f}".replace("-", "−")
-        axis.annotate(text, (1.03, place), xycoords=("axes fraction", "data"), va="center", color=tint, fontsize=7.5)
-    axis.set(yticks=range(len(frame)), yticklabels=frame[label], ylim=(len(frame) - 0.4, -0.6))
-    axis.tick_params(axis="y", length=0)
+        _number(axis, place, f"{row[value]:.3f}", tint)
+    _lines(axis, list(frame[label]))
     if limits:
         axis.set_xlim(low - 0.04 * (high - low), high + 0.04 * (high - low))
+
+
+def against(axis: Axes, differences: pd.DataFrame, reference: str) -> None:
+    """Differences from a reference, which has the first line: dark where the interval leaves 0 out, else grey.
+
+    Args:
+        differences: columns a, difference, low, high (``comparison.differences``, one split).
+    """
+    clear = (differences.low > 0) | (differences.high < 0)
+    first = pd.DataFrame([{"a": reference, "difference": 0.0, "low": 0.0, "high": 0.0, "colour": DARK}])
+    rows = pd.concat([first, differences.assign(colour=np.where(clear, DARK, GREY))], ignore_index=True)
+    # Neither one student that learned nothing nor an unbounded interval may squeeze all others into a point.
+    ends = rows[["low", "difference", "high"]].where(np.isfinite)
+    near = ends[rows.difference.abs() <= 3 * ends[1:].abs().max(axis=1).median()]
+    dots(axis, rows, "a", "difference", (near.min(axis=None), near.max(axis=None)))
+    axis.axvline(0, color="#999999", linewidth=0.7, zorder=0)
+    axis.locator_params(axis="x", nbins=4)
+    axis.set_xlabel(f"nats/token against {reference},\nbelow 0 is better")
+
+
+def seeds(axis: Axes, table: pd.DataFrame, column: str, form: str = ".3f") -> None:
+    """A line per cell of ``table``, top first: a grey dot a run, a tick at their mean, and that number at the right."""
+    for place, (_, values) in enumerate(table.groupby("cell", sort=False)[column]):
+        axis.plot(values, [place] * len(values), "o", color="#aaaaaa", markersize=3, markeredgewidth=0)
+        axis.plot(values.mean(), place, "|", color=DARK, markersize=9, markeredgewidth=1.6)
+        _number(axis, place, f"{values.mean():{form}}", DARK)
+    _lines(axis, list(table.cell.unique()))
+    axis.locator_params(axis="x", nbins=4)
+
+
+def height(lines: int) -> float:
+    """Inches for panels with that many lines of :func:`dots` or :func:`seeds`."""
+    return 0.7 + 0.22 * lines
+
+
+def _number(axis: Axes, place: int, text: str, tint: str) -> None:
+    where = {"xycoords": ("axes fraction", "data"), "va": "center"}
+    axis.annotate(text.replace("-", "−"), (1.03, place), color=tint, fontsize=7.5, **where)
+
+
+def _lines(axis: Axes, names: list[str]) -> None:
+    labels = [textwrap.fill(name, 40) for name in names]
+    axis.set(yticks=range(len(names)), yticklabels=labels, ylim=(len(names) - 0.4, -0.6))
+    axis.tick_params(axis="y", length=0)
 
 
 def label_points(axis: Axes, names: list[str], x: list[float], y: list[float], inward: bool = False) -> None:

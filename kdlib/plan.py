@@ -6,22 +6,14 @@ Ids follow from settings alone, so the whole plan of a study is known before any
 import json
 import shlex
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 
 from kdlib import runs, sources
 from kdlib.errors import KdlibError
-from kdlib.profiles import (
-    NOTEBOOKS,
-    ON_LOGITS,
-    ON_OUTCOMES,
-    Parameters,
-    Profile,
-    StudentParameters,
-    TargetParameters,
-    load,
-    parameters,
-)
+from kdlib.parameters import ON_LOGITS, ON_OUTCOMES, Parameters, StudentParameters, TargetParameters, TrainingParameters
+from kdlib.profiles import NOTEBOOKS, Profile, load, parameters
 from kdlib.revisions import code_versions
 
 # The modules whose code determines a run of each kind, beyond what its inputs already carry.
@@ -80,19 +72,19 @@ class Step:
 
 
 def _further_code(values: Parameters) -> list[str]:
-    """Modules that shape only those students that ask for them."""
-    if not isinstance(values, StudentParameters):
-        return []
-    uses = {
-        "initialisation": values.initialisation != "random" or values.noise > 0,
-        "schedules": bool(
-            values.stages
-            or values.temperature_schedule
-            or (values.kd_weight_schedule and values.objective != "ce")
-        ),
-        "selection": values.selection is not None,
-        "synthetic": values.text != "real",
-    }
+    """Modules that shape only those models that ask for them."""
+    uses = {"low_precision": isinstance(values, TrainingParameters) and values.low_precision != "none"}
+    if isinstance(values, StudentParameters):
+        uses |= {
+            "initialisation": values.initialisation != "random" or values.noise > 0,
+            "schedules": bool(
+                values.stages
+                or values.temperature_schedule
+                or (values.kd_weight_schedule and values.objective != "ce")
+            ),
+            "selection": values.selection is not None,
+            "synthetic": values.text != "real",
+        }
     return [module for module, used in uses.items() if used]
 
 
@@ -152,7 +144,9 @@ def step(values: Parameters, label: str = "") -> Step:
 
 def _student_inputs(values: StudentParameters) -> dict[str, Step]:
     profile, inputs = values.profile, {}
-    selects = values.selection.by if values.selection else ""
+    selects = (values.selection.by or "") if values.selection else ""
+    if values.selection and values.selection.domains:
+        _refuse_unknown_domains(values.selection.domains, parameters("01_corpus", profile).domains)
     if values.objective == "online_kd" or values.initialisation != "random" or values.text == "teacher":
         inputs["teacher"] = step(parameters("02_teacher", profile, adaptation=values.teacher))
     if values.objective == "kd" or selects.startswith("teacher"):
@@ -166,6 +160,13 @@ def _student_inputs(values: StudentParameters) -> dict[str, Step]:
         # Without a selection of its own, or it would need a scorer in turn.
         inputs["scorer"] = step(parameters("04_student", profile, objective="ce", seed=1, selection=None))
     return inputs
+
+
+def _refuse_unknown_domains(asked: Iterable[str], known: Iterable[str]) -> None:
+    if unknown := sorted(set(asked) - set(known)):
+        raise KdlibError(
+            f"The selection names the domains {', '.join(unknown)}, which the corpus does not train on; expected some of {', '.join(known)}."
+        )
 
 
 def _refuse_unserved(divergence: str, targets: TargetParameters) -> None:
@@ -188,21 +189,53 @@ def _kind(values: Parameters) -> str:
 
 
 @cache
-def study(profile: str) -> tuple[Step, ...]:
-    """Every run that the profile is made of, upstream first: its comparison, then its grids."""
-    grids = [one for name in load(profile).study.grids for one in grid(profile, name)]
-    return tuple(_with_upstream([*comparison(profile), *grids]))
+def study(profile: str, grids: tuple[str, ...] = ()) -> tuple[Step, ...]:
+    """Every run of the profile's comparison and of the grids that are named, upstream first."""
+    return tuple(_with_upstream([*comparison(profile), *(one for name in grids for one in grid(profile, name))]))
 
 
 def grid(profile: str, name: str) -> tuple[Step, ...]:
     """Every run of one of the profile's grids, upstream first."""
-    settings, steps = load(profile).study.grids[name], []
-    for cell in settings.cells:
-        told = ", ".join(f"{key} {value}" for key, value in cell.items())
-        for seed in settings.seeds:
-            values = parameters("06_fidelity", profile, student=cell, seed=seed)
-            steps.append(step(values, f"fidelity of {told} seed {seed}"))
-    return tuple(_with_upstream(steps))
+    return tuple(_with_upstream([one for steps in cells(profile, name).values() for one in steps]))
+
+
+@cache
+def cells(profile: str, name: str) -> dict[str, tuple[Step, ...]]:
+    """The runs that one of the profile's grids compares: those of each cell, one a seed.
+
+    Raises:
+        KdlibError: the profile has no such grid, or two of its cells are the same student.
+    """
+    named = load(profile).study.grids
+    if name not in named:
+        raise KdlibError(f"Profile {profile!r} has no grid {name!r} under study: grids; found {', '.join(named) or 'none'}.")
+    found, seen = {}, {}
+    for cell, changes in named[name].cells.items():
+        for seed in named[name].seeds:
+            if name == "targets":
+                values = parameters("06_fidelity", profile, student=changes, seed=seed)
+            else:
+                values = parameters("04_student", profile, **changes, seed=seed)
+            one = step(values, f"{name}: {cell}, seed {seed}")
+            if one.id in seen:
+                raise KdlibError(f"In the grid {name!r}, {cell!r} and {seen[one.id]!r} are one and the same student.")
+            seen[one.id] = cell
+            found.setdefault(cell, []).append(one)
+    return {cell: tuple(steps) for cell, steps in found.items()}
+
+
+def begun(profile: str, asked: Sequence[str] = ()) -> tuple[str, ...]:
+    """The grids that belong to the profile's study: those its results hold, and those asked for ("all": every one)."""
+    wanted = {*asked_grids(profile, asked), *runs.grids(profile)}
+    return tuple(name for name in load(profile).study.grids if name in wanted)
+
+
+def asked_grids(profile: str, asked: Sequence[str]) -> tuple[str, ...]:
+    """The grids of these names, checked; "all" stands for every one of the profile."""
+    names = tuple(load(profile).study.grids) if "all" in asked else tuple(asked)
+    for name in names:
+        cells(profile, name)
+    return names
 
 
 def comparison(profile: str) -> tuple[Step, ...]:
@@ -236,18 +269,25 @@ def _with_upstream(steps: list[Step]) -> list[Step]:
     return list(ordered.values())
 
 
-def write(profile: str) -> None:
+def write(profile: str, grids: Sequence[str] = ()) -> None:
     """Keep the plan beside the results, for analyses and for whoever regenerates figures later."""
     folder = runs.results(profile)
     folder.mkdir(parents=True, exist_ok=True)
     found = {"profile": profile, "runs": _entries(comparison(profile))}
-    if grids := load(profile).study.grids:
-        found["grids"] = {name: _entries(grid(profile, name)) for name in grids}
+    if grids:
+        found["grids"] = {
+            # Cells as a list, since JSON objects are written in the order of their names.
+            name: {
+                "runs": _entries(grid(profile, name)),
+                "cells": [[cell, [one.id for one in steps]] for cell, steps in cells(profile, name).items()],
+            }
+            for name in grids
+        }
     if not (folder / "plan.json").is_file() or runs.read_json(folder / "plan.json") != found:
         runs.write_json(folder / "plan.json", found)
 
 
-def _entries(steps: tuple[Step, ...]) -> list[dict]:
+def _entries(steps: Sequence[Step]) -> list[dict]:
     return [
         {"id": one.id, "label": one.label, "inputs": [upstream.id for upstream in one.inputs.values()]} for one in steps
     ]
@@ -268,9 +308,9 @@ def command(one: Step) -> str:
 
 
 if __name__ == "__main__":
+    # python -m kdlib.plan PROFILE [GRID …]: what `make paper` is about to make.
     try:
-        for name in sys.argv[1:]:
-            write(name)
+        write(sys.argv[1], begun(sys.argv[1], sys.argv[2:]))
     except KdlibError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

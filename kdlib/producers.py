@@ -20,6 +20,7 @@ from kdlib import (
     documents,
     fidelity,
     initialisation,
+    low_precision,
     models,
     progress,
     runs,
@@ -50,6 +51,7 @@ def make(step: Step) -> runs.Run:
     """The run that ``step`` describes; it, and whatever it reads, is made now unless it exists."""
     if found := runs.find(step.parameters.profile, step.id):
         return found
+    low_precision.require(getattr(step.parameters, "low_precision", "none"))
     inputs = {name: make(upstream) for name, upstream in step.inputs.items()}
     print(f"making {step.label} ({step.id})", flush=True)
 
@@ -186,6 +188,7 @@ def _targets_teacher(step: Step, inputs: dict, split: corpus.Split, tokenizer):
         return FileTeacher(Path(values.source), split, len(tokenizer))
     url, model = values.source.split("#", 1)
     server = CompletionServer(url, model, values.top_k, tokenizer)
+    server.require_model()
     try:
         server.check()
     except KdlibError:
@@ -216,7 +219,7 @@ def _student(step: Step, inputs: dict, folder: Path) -> dict:
     if values.noise:
         model = initialisation.perturb(model, values.noise, values.seed)
     targets = _open_targets(inputs, data["train"], values.temperature) if "targets" in inputs else None
-    data["train"], kept = _text(step, inputs, data["train"], teacher, targets, block_length)
+    data["train"], kept, weights = _text(step, inputs, data["train"], teacher, targets, block_length)
     loop = values.objective == "online_kd"
     training = _train(
         model,
@@ -235,6 +238,7 @@ def _student(step: Step, inputs: dict, folder: Path) -> dict:
         features=_features(values, model, teacher),
         feature_weight=values.feature_weight,
         balance={"none": None, "project": balance.project, "norm": partial(balance.norm, ratio=1.0)}[values.balance],
+        weights=weights,
         multipliers=values.learning_rate_multipliers,
     )
     if loop:
@@ -268,26 +272,37 @@ def _features(values, student, teacher) -> FeatureLoss | None:
 
 def _text(
     step: Step, inputs: dict, train: corpus.Split, teacher, targets: TargetCache | None, block_length: int
-) -> tuple[corpus.Split, list[str] | None]:
-    """The split to train on, and the documents of it that are kept (None: all)."""
-    values, tokenizer = step.parameters, load_tokenizer(inputs["corpus"])
+) -> tuple[corpus.Split, list[str] | None, np.ndarray | None]:
+    """The split to train on, the documents of it that are kept (None: all), and its positions' weights (None: all alike)."""
+    values, tokenizer, chosen = step.parameters, load_tokenizer(inputs["corpus"]), step.parameters.selection
     tokens = int(train.documents.tokens.sum())
     if values.text == "uniform":
-        return synthetic.uniform(tokenizer, tokens, block_length, values.seed), None
+        return synthetic.uniform(tokenizer, tokens, block_length, values.seed), None, None
     if values.text == "unigram":
-        return synthetic.unigram(train, tokenizer, tokens, block_length, values.seed), None
+        return synthetic.unigram(train, tokenizer, tokens, block_length, values.seed), None, None
     if values.text == "teacher":
-        return synthetic.sampled(teacher, tokenizer, tokens, block_length, values.seed), None
-    if values.selection is None:
-        return train, None
-    if values.selection.by == "student_nll":
+        return synthetic.sampled(teacher, tokenizer, tokens, block_length, values.seed), None, None
+    if chosen is None:
+        return train, None, None
+    if chosen.mode == "weighted":
+        weights = selection.weights(_scores(chosen.by, inputs, train, targets, block_length), chosen.temperature)
+        return train, None, np.repeat(weights.to_numpy(), np.diff(train.offsets))
+    budget = round(chosen.share * tokens)
+    if chosen.domains:
+        # Before the scores, which take a while.
+        budget = selection.mix(train.documents, budget, chosen.domains)
+    table = train.documents if chosen.by is None else _scores(chosen.by, inputs, train, targets, block_length)
+    return train, selection.choose(table, budget, chosen.mode, values.seed), None
+
+
+def _scores(by: str, inputs: dict, train: corpus.Split, targets: TargetCache | None, block_length: int) -> pd.DataFrame:
+    if by == "student_nll":
         found = evaluate(load_model(inputs["scorer"]), {"train": train}, block_length, temperature=1.0)
         scores = np.zeros(len(train.tokens))
         scores[predicting_positions(train)] = -found.target_logprobs["train"]
     else:
-        scores = targets.statistics(np.arange(len(train.tokens)))[values.selection.by.removeprefix("teacher_")]
-    table = selection.scores(train, scores)
-    return train, selection.choose(table, round(values.selection.share * tokens), values.selection.mode, values.seed)
+        scores = targets.statistics(np.arange(len(train.tokens)))[by.removeprefix("teacher_")]
+    return selection.scores(train, scores)
 
 
 def _ensemble(step: Step, inputs: dict, folder: Path) -> dict:
@@ -318,10 +333,11 @@ def _fidelity(step: Step, inputs: dict, folder: Path) -> dict:
         for name in ("train", "test")
     )
     fresh = _untrained(settings, load_tokenizer(inputs["corpus"]), block_length)
+    initial, trained = fidelity.gradient_angles([fresh, student], teacher, cache, data["train"], train)
     evaluated = inputs["student"].metrics["evaluation"]["test"]
     return {
-        "angle_initial": fidelity.gradient_angle(fresh, teacher, cache, data["train"], train),
-        "angle_trained": fidelity.gradient_angle(student, teacher, cache, data["train"], train),
+        "angle_initial": initial,
+        "angle_trained": trained,
         "teacher_kl": fidelity.divergence(student, teacher, data["test"], test),
         "bytes_per_token": inputs["targets"].metrics["bytes_per_token"],
         "entries_per_token": inputs["targets"].metrics["distinct_ids_per_token"],
@@ -493,9 +509,10 @@ if __name__ == "__main__":
     from kdlib import plan
 
     parser = argparse.ArgumentParser(
-        description="Make the runs of a profile's study in this process; what exists is kept."
+        description="Make the runs of a profile's comparison in this process; what exists is kept."
     )
     parser.add_argument("--profile", required=True)
+    parser.add_argument("--grids", nargs="+", default=[], help="instead, those of these grids, or of all")
     parser.add_argument(
         "--kinds", nargs="+", choices=list(PRODUCERS), default=list(PRODUCERS), help="only runs of these kinds"
     )
@@ -504,8 +521,11 @@ if __name__ == "__main__":
     )
     options = parser.parse_args()
     first, every = map(int, options.share.split("/"))
-    plan.write(options.profile)
-    mine = [one for one in plan.study(options.profile) if one.kind in options.kinds][first::every]
+    plan.write(options.profile, plan.begun(options.profile, options.grids))
+    wanted = plan.comparison(options.profile)
+    if options.grids:
+        wanted = [one for name in plan.asked_grids(options.profile, options.grids) for one in plan.grid(options.profile, name)]
+    mine = [one for one in wanted if one.kind in options.kinds][first::every]
     for number, one in enumerate(mine, 1):
         started = time.perf_counter()
         print(f"[{number}/{len(mine)}] {one.label}: {make(one).id} ({time.perf_counter() - started:.0f} s)", flush=True)

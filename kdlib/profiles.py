@@ -1,4 +1,4 @@
-"""Parameters of every notebook and the profiles that set them.
+"""Profiles: complete studies, and the parameters that each gives its notebooks.
 
 A *profile* (``profiles/<name>.yaml``) is one complete study: what text, which teacher, how targets are kept, what students
 look like, and which runs make up the comparison. Each of its sections is exactly the parameter list of one producer
@@ -6,363 +6,64 @@ notebook, so a notebook run with ``--profile quick`` and one run by hand with th
 """
 
 import difflib
-import math
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kdlib.errors import KdlibError
-from kdlib.schedules import Schedule, Stage
+from kdlib.parameters import (
+    Adaptation,
+    AnalysisParameters,
+    CorpusParameters,
+    EnsembleParameters,
+    FidelityParameters,
+    Parameters,
+    Pool,
+    StudentParameters,
+    TargetParameters,
+    TeacherParameters,
+    TourParameters,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-
-Share = Annotated[float, Field(ge=0, le=1)]
-Adaptation = Literal["frozen", "lora", "full", "scratch"]
-Pool = Literal["probability", "logit"]
-Precision = Literal["auto", "float32", "bfloat16"]
-TargetKind = Literal["sampled", "topk", "topk_sampled", "dense"]
-Multipliers = dict[str, Annotated[float, Field(ge=0)]]
-# Those that need the whole of the teacher's distribution, or all of it but the mass of a tail, and those that need nothing more
-# than unbiased draws; kdlib.losses.divergences says why.
-ON_OUTCOMES = ("reverse_kl", "jeffreys", "jsd", "skewed_kl", "skewed_reverse_kl", "tvd")
-ON_LOGITS = ("logit_mse", "sinkhorn", "mutual_information")
-OPTIONS = {
-    "jsd": ("beta",),
-    "skewed_kl": ("alpha",),
-    "skewed_reverse_kl": ("alpha",),
-    "sinkhorn": ("group", "regularisation", "iterations"),
-    "mutual_information": ("group", "critic_temperature"),
+# Settings of a student that an objective refuses.
+UNUSED = {
+    "ce": ("divergence", "divergence_options", "feature", "temperature_schedule"),
+    "kd": ("feature", "temperature_schedule"),
 }
-
-
-class Parameters(BaseModel):
-    """Parameters of one notebook: unknown names and values out of range are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    profile: str = Field(
-        description="profile whose other sections are the run's upstream: a name or a path to a .yaml file"
-    )
-
-    def identity(self) -> dict[str, Any]:
-        """The values that determine the run's result, for its run id (not the profile's name, nor how fast it runs).
-
-        A field with a default is left out at that default: it was added later, and its default is what runs did before,
-        so that their ids stay as they are.
-        """
-        return self.model_dump(mode="json", exclude={"profile", "compile"}, exclude_defaults=True)
-
-
-class CorpusParameters(Parameters):
-    """``01_corpus``: text to splits, vocabulary and packed tokens."""
-
-    domains: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        description="carrier: its share of the tokens of each split"
-    )
-    ood: str = Field(description="carrier held out whole as the out-of-domain test")
-    train_tokens: PositiveInt = Field(description="tokens of the train split")
-    heldout_tokens: PositiveInt = Field(description="tokens of each of validation, calibration, test and ood")
-    block_length: int = Field(ge=8, le=8192, description="tokens in one row of the model's input")
-    tokenizer: str = Field(
-        description="carrier, path or hub id of the teacher whose tokenizer is pruned; 'train' trains one"
-    )
-    vocabulary_size: int = Field(ge=300, description="tokens kept (or trained)")
-
-    @model_validator(mode="after")
-    def _ood_is_unseen(self):
-        if self.ood in self.domains:
-            raise ValueError(f"ood domain {self.ood!r} is also trained on; take it out of domains")
-        return self
-
-
-class TrainingParameters(Parameters):
-    """What every model that trains has in common."""
-
-    epochs: float = Field(ge=0, le=1000, description="passes over the train split; 0 leaves the model as initialised")
-    batch_size: PositiveInt = Field(description="rows of block_length tokens in one forward pass")
-    gradient_accumulation: PositiveInt = Field(description="forward passes in one optimisation step")
-    learning_rate: float = Field(gt=0, le=1, description="peak of a cosine schedule")
-    warmup: Share = Field(description="share of the steps in which the learning rate rises linearly")
-    weight_decay: float = Field(ge=0, le=10, description="AdamW; norms and biases are never decayed")
-    seed: int = Field(ge=0, description="initialisation and data order")
-    precision: Precision = Field(description="autocast; auto is bfloat16 where the hardware multiplies it natively")
-    compile: bool = Field(description="torch.compile the student's body; falls back where no compiler is found")
-
-
-class TeacherParameters(TrainingParameters):
-    """``02_teacher``: a frozen, LoRA-adapted, fully fine-tuned or scratch-trained teacher."""
-
-    source: str = Field(
-        description="carrier, path to a .gguf or folder, or hub id[@revision]; ignored by adaptation=scratch"
-    )
-    adaptation: Adaptation = Field(
-        description="frozen: as downloaded; lora, full: tuned on train; scratch: trained from random"
-    )
-    tokens: PositiveInt = Field(
-        description="tokens of the train split that adaptation sees in an epoch, from its beginning"
-    )
-    lora_rank: PositiveInt = Field(description="rank of the LoRA update (alpha is twice the rank)")
-    layers: PositiveInt = Field(description="depth of a scratch teacher")
-    hidden_size: PositiveInt = Field(description="width of a scratch teacher")
-    heads: PositiveInt = Field(description="attention heads of a scratch teacher")
-
-    def identity(self) -> dict[str, Any]:
-        """Leaves out what the chosen adaptation does not read."""
-        values = super().identity()
-        unread = {
-            "frozen": set(TrainingParameters.model_fields) | {"tokens", "lora_rank", "layers", "hidden_size", "heads"},
-            "lora": {"layers", "hidden_size", "heads"},
-            "full": {"lora_rank", "layers", "hidden_size", "heads"},
-            "scratch": {"source", "lora_rank"},
-        }[self.adaptation]
-        return {name: value for name, value in values.items() if name not in unread or name == "precision"}
-
-
-class TargetParameters(Parameters):
-    """``03_targets``: the teacher's distributions on the train split, on disk."""
-
-    teacher: Adaptation = Field(description="which teacher of the profile writes")
-    kind: TargetKind = Field(
-        description="sampled: unbiased draws; topk: the k largest and the exact tail mass; topk_sampled: the k largest and "
-        "draws from the rest; dense: the whole distribution"
-    )
-    draws: int = Field(ge=1, le=255, description="draws a token (kind=sampled, topk_sampled)")
-    top_k: int = Field(ge=1, le=4096, description="ids a token (kind=topk, topk_sampled)")
-    source: str = Field(
-        "teacher",
-        pattern=r"^(teacher|dense|https?://[^#\s]+#\S+|.+\.h5)$",
-        description="teacher: run it; dense: draw from the profile's dense targets, without running it again; "
-        "http://host:port#model: a completion server; a path ending in .h5: top-k targets of another tool",
-    )
-    proposal: float = Field(
-        1.0, gt=0, le=1.5, description="rho: draws come from t^rho and are weighted back (kind=sampled, topk_sampled)"
-    )
-    temperature: float = Field(gt=0, le=100, description="temperature of the distribution that is kept")
-    seed: int = Field(ge=0, description="of the draws")
-    precision: Precision = Field(description="autocast of the teacher's forward pass")
-
-    @model_validator(mode="after")
-    def _dense_is_the_source(self):
-        if self.kind == self.source == "dense":
-            raise ValueError("dense targets are written by the teacher; leave out source")
-        if self.external and (self.kind != "topk" or self.temperature != 1):
-            raise ValueError(
-                "servers and files tell the most likely tokens at temperature 1; expected kind topk and temperature 1, found "
-                f"{self.kind} and {self.temperature}"
-            )
-        return self
-
-    @property
-    def external(self) -> bool:
-        """Whether the targets come from a server or a file, and not from the profile's teacher."""
-        return self.source not in ("teacher", "dense")
-
-    def identity(self) -> dict[str, Any]:
-        """Leaves out the other kinds' sizes, and the seed where nothing is drawn."""
-        values = super().identity()
-        unread = {
-            "sampled": {"top_k"},
-            "topk": {"draws", "proposal", "seed"},
-            "topk_sampled": set(),
-            "dense": {"draws", "top_k", "proposal", "seed", "temperature"},
-        }[self.kind]
-        if self.external:
-            unread |= {"teacher", "precision"}
-            # Where a server or a file is does not matter; a file counts by its hash, among the sources.
-            values["source"] = f"server's {self.source.split('#', 1)[1]}" if "#" in self.source else "file"
-        return {name: value for name, value in values.items() if name not in unread}
-
-
-class Selection(BaseModel):
-    """Part of the training text, by what the teacher or a student makes of its documents."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    by: Literal["teacher_entropy", "teacher_nll", "student_nll"] = Field(
-        description="mean over a document's tokens of the teacher's entropy, its loss, or that of the profile's first "
-        "cross-entropy student"
-    )
-    mode: Literal["highest", "lowest", "middle", "random"] = Field(
-        description="which documents of that order come first"
-    )
-    share: float = Field(gt=0, le=1, description="tokens kept, as a share of the train split's")
-
-
-class StudentParameters(TrainingParameters):
-    """``04_student``: one student."""
-
-    objective: Literal["ce", "kd", "online_kd"] = Field(
-        description="ce: the text alone; kd: cached targets; online_kd: the teacher in the loop, its whole distribution"
-    )
-    kd_weight: Share = Field(description="weight of the KD term; cross-entropy has 1 - kd_weight")
-    temperature: float = Field(
-        gt=0, le=100, description="softens teacher and student in the KD term, which is scaled by its square"
-    )
-    teacher: Adaptation = Field(description="which teacher of the profile is distilled")
-    architecture: Literal["llama", "gpt2", "qwen3"] = Field(description="transformers architecture of the student")
-    layers: PositiveInt = Field(description="depth")
-    hidden_size: PositiveInt = Field(description="width")
-    heads: PositiveInt = Field(description="attention heads")
-    learning_rate_multipliers: Multipliers = Field(
-        description="regular expression on parameter names: multiplier of the learning rate; 0 freezes; first match wins"
-    )
-    targets: dict[str, Any] = Field(
-        {}, description="what sets its targets apart from the profile's targets section (objective=kd)"
-    )
-    divergence: Literal[("forward_kl", *ON_OUTCOMES, *ON_LOGITS)] = Field(
-        "forward_kl", description="of the KD term, from the teacher's distribution to the student's"
-    )
-    divergence_options: dict[str, int | float] = Field(
-        {}, description="further arguments of the divergence, such as beta of jsd or alpha of skewed_kl"
-    )
-    kd_weight_schedule: Schedule | None = Field(None, description="kd_weight over training, in place of a constant")
-    temperature_schedule: Schedule | None = Field(
-        None, description="temperature over training (objective=online_kd)"
-    )
-    feature: Literal["none", "hidden_mse", "hidden_cosine", "attention_mse", "relation"] = Field(
-        "none", description="a loss on hidden states or attention beside the others (objective=online_kd)"
-    )
-    feature_weight: float = Field(1.0, gt=0, description="weight of the feature loss, added to the others")
-    layer_map: Literal["last", "last_k", "all", "uniform_consecutive", "uniform_last"] = Field(
-        "uniform_consecutive", description="which student layer learns from which teacher layers"
-    )
-    last_k: PositiveInt | None = Field(None, description="k of layer_map=last_k")
-    relations: list[Literal["query", "key", "value"]] = Field(
-        ["query", "key", "value"], min_length=1, description="vectors compared by feature=relation"
-    )
-    balance: Literal["none", "project", "norm"] = Field(
-        "none",
-        description="project: the feature loss's gradient loses what opposes the main one; norm: it is never the longer",
-    )
-    initialisation: Literal["random", "embeddings", "every_nth", "identical"] = Field(
-        "random", description="weights taken from the teacher: none, its embeddings, every n-th layer, all"
-    )
-    noise: float = Field(
-        0.0, ge=0, le=10, description="parameter noise at the start, in standard deviations of each matrix"
-    )
-    stages: list[Stage] = Field(
-        [], description="parts of the training with learning-rate multipliers and an optimiser of their own"
-    )
-    text: Literal["real", "uniform", "unigram", "teacher"] = Field(
-        "real", description="trained on: the corpus, random tokens, or text that the teacher wrote (not objective=kd)"
-    )
-    selection: Selection | None = Field(None, description="part of the training text; None takes all of it")
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self):
-        if self.hidden_size % (2 * self.heads):
-            raise ValueError(
-                f"hidden_size {self.hidden_size} must be an even multiple of heads {self.heads} (rotary embeddings)"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _settings_agree(self):
-        needs_teacher = {
-            "feature": self.feature != "none",
-            "temperature_schedule": self.temperature_schedule is not None,
-        }
-        for name, asked in needs_teacher.items():
-            if asked and self.objective != "online_kd":
-                raise ValueError(f"{name} needs the teacher in the loop, objective=online_kd; found {self.objective}")
-        if self.divergence != "forward_kl" and self.objective == "ce":
-            raise ValueError(f"divergence {self.divergence} needs a teacher; found objective ce")
-        allowed = OPTIONS.get(self.divergence, ())
-        if not set(self.divergence_options) <= set(allowed):
-            raise ValueError(
-                f"divergence {self.divergence} takes the options {', '.join(allowed) or 'none'}; found {self.divergence_options}"
-            )
-        weight, temperature = self.kd_weight_schedule, self.temperature_schedule
-        if weight and not all(0 <= end <= 1 for end in (weight.start, weight.end)):
-            raise ValueError(f"kd_weight_schedule must lie in 0..1; found {weight.start} to {weight.end}")
-        if temperature and not all(0 < end <= 100 for end in (temperature.start, temperature.end)):
-            raise ValueError(
-                f"temperature_schedule must lie above 0 and not above 100; found {temperature.start} to {temperature.end}"
-            )
-        if self.text != "real" and (self.objective == "kd" or self.selection):
-            raise ValueError(
-                f"text {self.text!r} is made in the run, so cached targets and selection do not know it; use ce or online_kd"
-            )
-        if self.stages and self.learning_rate_multipliers:
-            raise ValueError("with stages, each has its own learning_rate_multipliers; leave those of the run empty")
-        shares = [stage.share for stage in self.stages]
-        if shares and not math.isclose(sum(shares), 1, abs_tol=1e-6):
-            raise ValueError(
-                f"the shares of the stages must add up to 1; found {shares}, which add up to {sum(shares):g}"
-            )
-        if self.stages and (self.kd_weight_schedule or self.temperature_schedule):
-            raise ValueError(
-                "a schedule would begin anew in every stage; leave out stages, or kd_weight_schedule and temperature_schedule"
-            )
-        if (self.layer_map == "last_k") != (self.last_k is not None):
-            raise ValueError("last_k belongs to layer_map=last_k, which needs it")
-        return self
-
-    def identity(self) -> dict[str, Any]:
-        """Cross-entropy reads neither teacher, weight nor temperature; targets count as the run that they come from."""
-        values = super().identity()
-        unread = {"targets"}
-        if self.objective == "ce":
-            unread |= {"kd_weight", "temperature", "kd_weight_schedule"}
-            if self.initialisation == "random" and self.text != "teacher":
-                unread |= {"teacher"}
-        if self.kd_weight_schedule:
-            unread |= {"kd_weight"}
-        if self.temperature_schedule:
-            unread |= {"temperature"}
-        if self.feature == "none":
-            unread |= {"feature_weight", "layer_map", "last_k", "balance"}
-        if self.feature != "relation":
-            unread |= {"relations"}
-        return {name: value for name, value in values.items() if name not in unread}
-
-
-class FidelityParameters(Parameters):
-    """``06_fidelity``: how near a student's targets, and the student itself, come to the teacher's whole distribution."""
-
-    student: dict[str, Any] = Field(description="what sets the student apart from the profile's student section")
-    seed: int = Field(ge=0, description="of the student")
-    tokens: PositiveInt = Field(description="tokens of train text for the gradients, and of test text for the KL")
-    precision: Precision = Field(description="autocast of teacher and student")
-
-
-class EnsembleParameters(Parameters):
-    """``05_ensemble``: the profile's students with these seeds, pooled."""
-
-    student: dict[str, Any] = Field(description="what sets the members apart from the profile's student section")
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, description="one member a seed")
-    pool: Pool = Field(description="probability: arithmetic mean of distributions; logit: geometric mean, renormalised")
-    precision: Precision = Field(description="autocast of the evaluation")
-
-
-class AnalysisParameters(Parameters):
-    """``10`` and up: read the profile's results, write a table and a figure."""
-
-    resamples: int = Field(ge=100, le=1_000_000, description="bootstrap resamples")
-
-
-class TourParameters(Parameters):
-    """``00_tour``: the whole idea on a handful of documents."""
+GRIDS = ("targets", "weights", "losses", "features", "initialisation", "data")
 
 
 class Grid(BaseModel):
-    """A study of single students: settings that differ from the profile's student section, each with the same seeds."""
+    """A study of single students: cells that differ in the profile's student section, each with the same seeds."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, description="one student a seed")
-    students: list[dict[str, Any]] = Field([{}], min_length=1, description="what sets each apart from the section")
-    vary: dict[str, list[Any]] = Field({}, description="parameter: values; every combination, with each of students")
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, description="one student a cell and seed")
+    base: dict[str, Any] = Field({}, description="what sets all of its students apart from the section")
+    students: dict[str, dict[str, Any]] = Field(
+        {}, description="name of a cell: what sets its students apart; others are compared with the first"
+    )
+    vary: dict[str, list[Any]] = Field({}, description="parameter: values; every combination is a further cell")
+
+    @model_validator(mode="after")
+    def _has_cells(self):
+        if not self.cells:
+            raise ValueError("a grid needs students, or parameters to vary")
+        return self
 
     @property
-    def cells(self) -> list[dict[str, Any]]:
-        """The settings of every cell of the grid."""
-        combinations = [dict(zip(self.vary, values, strict=True)) for values in product(*self.vary.values())]
-        return [{**student, **changes} for student in self.students for changes in combinations]
+    def cells(self) -> dict[str, dict[str, Any]]:
+        """The settings of every cell, by its name."""
+        found = dict(self.students)
+        for values in product(*self.vary.values()) if self.vary else ():
+            changes = dict(zip(self.vary, values, strict=True))
+            found[", ".join(f"{name} {value}" for name, value in changes.items())] = changes
+        return {name: {**self.base, **changes} for name, changes in found.items()}
 
 
 class Study(BaseModel):
@@ -377,7 +78,7 @@ class Study(BaseModel):
     repeats: int = Field(
         ge=1, description="independent ensembles of each kind; single models have members x repeats seeds"
     )
-    grids: dict[Literal["targets"], Grid] = Field({}, description="further studies, by the name of their analysis")
+    grids: dict[Literal[GRIDS], Grid] = Field({}, description="further studies, each made when it is asked for by name")
 
 
 class Profile(BaseModel):
@@ -411,6 +112,11 @@ NOTEBOOKS: dict[str, tuple[type[Parameters], str]] = {
     "12_methods": (AnalysisParameters, "analysis"),
     "15_calibration": (AnalysisParameters, "analysis"),
     "17_cost": (AnalysisParameters, "analysis"),
+    "21_kd_weight": (AnalysisParameters, "analysis"),
+    "22_losses": (AnalysisParameters, "analysis"),
+    "23_features": (AnalysisParameters, "analysis"),
+    "24_initialisation": (AnalysisParameters, "analysis"),
+    "25_data": (AnalysisParameters, "analysis"),
 }
 
 
@@ -457,6 +163,8 @@ def _loaded(name: str, path: Path, modified: int) -> Profile:
 def parameters(notebook: str, profile: str, /, **changes: Any) -> Parameters:
     """The checked parameters of ``notebook``: its section of ``profile`` with ``changes`` on top.
 
+    Where ``changes`` ask for another objective, what the section sets for its own and this one cannot use is left out.
+
     Raises:
         KdlibError: unknown notebook, profile or parameter, or a value out of range.
     """
@@ -465,6 +173,9 @@ def parameters(notebook: str, profile: str, /, **changes: Any) -> Parameters:
     model, section = NOTEBOOKS[notebook]
     base = getattr(load(profile), section).model_dump() if section in Profile.model_fields else {"profile": profile}
     _refuse_unknown(model, changes, notebook)
+    if model is StudentParameters:
+        unused = UNUSED.get(changes.get("objective"), ())
+        base = {name: value for name, value in base.items() if name not in unused}
     return _validated(model, {**base, **changes}, f"notebook {notebook}")
 
 

@@ -28,11 +28,27 @@ ANALYSES = {
     "12_methods": (["methods", "methods_differences"], ["methods"]),
     "15_calibration": (["calibration", "reliability"], ["reliability"]),
     "17_cost": (["runs", "setup", "corpus", "vocabulary", "cost"], ["cost"]),
+    "21_kd_weight": (["kd_weight", "kd_weight_runs", "kd_weight_differences"], ["kd_weight"]),
+    "22_losses": (["losses", "losses_runs", "losses_differences"], ["losses"]),
+    "23_features": (["features", "features_runs", "features_differences"], ["features"]),
+    "24_initialisation": (
+        ["initialisation", "initialisation_runs", "initialisation_differences"],
+        ["initialisation"],
+    ),
+    "25_data": (["data", "data_runs", "data_differences"], ["data"]),
 }
 # Analyses of a grid of the profile, which not every profile has.
-GRIDS = {"11_target_fidelity": "targets"}
+GRIDS = {
+    "11_target_fidelity": "targets",
+    "21_kd_weight": "weights",
+    "22_losses": "losses",
+    "23_features": "features",
+    "24_initialisation": "initialisation",
+    "25_data": "data",
+}
 # Tables whose rows are sentences: what a study found.
-FINDINGS = ("objectives_differences", "methods_differences", "targets_differences")
+FINDINGS = [stem for stems, _ in ANALYSES.values() for stem in stems if stem.endswith("_differences")]
+README_FINDINGS = ("objectives_differences", "methods_differences")
 README_PROFILE = "laptop"
 README_FIGURES = {
     "methods": "Negative log-likelihood of every method on test and out-of-domain text, with intervals",
@@ -207,7 +223,7 @@ _COST = {
 }
 _VOCABULARY = {"Teacher": "{teacher}", "Vocabulary": "{vocabulary:,}", "Bits/byte": "{bits_per_byte:.3f}"}
 _TARGETS = {
-    "Targets": "{targets}",
+    "Targets": "{cell}",
     "Runs": "{runs}",
     "Bytes/token": "{bytes_per_token:.1f}",
     "Ids/token": "{entries_per_token:.1f}",
@@ -217,6 +233,9 @@ _TARGETS = {
     "NLL": "{nll:.3f}",
     "ECE": "{ece:.3f}",
 }
+_STUDENT = {"Student": "{cell}", "Runs": "{runs}", "NLL": "{nll:.3f}"}
+_STUDENT_QUALITY = _CALIBRATED | {"ECE": "{ece:.3f}", "Accuracy": "{accuracy:.3f}"}
+_SPEED = {"Tokens/s": "{tokens_per_second:si}"}
 TABLES = {
     "corpus": Table("corpus", _CORPUS),
     "vocabulary": Table("vocabulary", _VOCABULARY),
@@ -231,6 +250,16 @@ TABLES = {
     "targets": Table("targets", _TARGETS),
     "targets_differences": Table("targets_differences", _DIFFERENCE, {"split": "test"}),
     "cost": Table("cost", _COST),
+    "kd_weight": Table(
+        "kd_weight", _STUDENT | {"Validation NLL": "{validation_nll:.3f}", "Chosen": "{chosen}"} | _STUDENT_QUALITY
+    ),
+    "losses": Table("losses", _STUDENT | _STUDENT_QUALITY | _SPEED),
+    "features": Table("features", _STUDENT | _STUDENT_QUALITY | {"Training FLOPs": "{flops:si}"} | _SPEED),
+    "initialisation": Table(
+        "initialisation",
+        _STUDENT | _STUDENT_QUALITY | {"Of the teacher's": "{share:.1%}", "Parameters": "{parameters:si}"},
+    ),
+    "data": Table("data", _STUDENT | {"Out of domain": "{ood_nll:.3f}"} | _STUDENT_QUALITY | {"Tokens": "{tokens:si}"}),
 }
 
 
@@ -239,20 +268,25 @@ def findings(profile: str, stem: str) -> list[str]:
     return [row["sentence"] for row in rows(profile, stem, {"split": "test"})]
 
 
+_MARKS = {"→": r"$\to$", "−": "$-$", "–": "--", "≥": r"$\ge$", "≤": r"$\le$", "×": r"$\times$"}
+_MARKS |= {"α": r"$\alpha$", "β": r"$\beta$", "λ": r"$\lambda$", "ρ": r"$\rho$", "τ": r"$\tau$"}
+
+
 def latex(text: str) -> str:
     """Plain text as LaTeX: special characters escaped, hyphens before digits as minus signs."""
     text = re.sub(r"([&%$#_{}])", r"\\\1", text.replace("\\", r"\textbackslash "))
     text = text.replace("~", r"\textasciitilde{}").replace("^", r"\textasciicircum{}")
     text = re.sub(r"(?<![\w.])[-−](?=\d)", "$-$", text)
     text = re.sub(r"(?<=\d) (?=[kMGTP]\b)", "~", text)
-    for mark, command in {"→": r"$\to$", "−": "$-$", "–": "--", "≥": r"$\ge$", "≤": r"$\le$", "×": r"$\times$"}.items():
+    for mark, command in _MARKS.items():
         text = text.replace(mark, command)
     return text
 
 
 def latex_macros(values: dict[str, str]) -> str:
-    r"""Definitions behind ``\result{name}``."""
-    return "".join(f"\\defineresult{{{name}}}{{{latex(text)}}}\n" for name, text in sorted(values.items()))
+    r"""Definitions behind ``\result{name}``; none for names that LaTeX could not read, such as a cell's with a %."""
+    named = {name: text for name, text in values.items() if not re.search(r"[\\{}%#&$~^]", name)}
+    return "".join(f"\\defineresult{{{name}}}{{{latex(text)}}}\n" for name, text in sorted(named.items()))
 
 
 def latex_table(table: Table, profile: str) -> str:
@@ -303,8 +337,7 @@ def _results(profile: str) -> str:
         f"{found['setup/train_tokens/si']} tokens of training text, {setup['epochs']} epochs. Losses are nats per "
         "token of test text, with bootstrap intervals over seeds and sources."
     )
-    written = [stem for stems, _ in analyses(runs.grids(profile)).values() for stem in stems]
-    said = [f"- {sentence}" for stem in FINDINGS if stem in written for sentence in findings(profile, stem)]
+    said = [f"- {sentence}" for stem in README_FINDINGS for sentence in findings(profile, stem)]
     pictures = [f"![{alt}](figures/{profile}/{stem}.png)" for stem, alt in README_FIGURES.items()]
     return "\n\n".join([about, markdown_table(table.columns, table.body(profile)), "\n".join(said), *pictures])
 

@@ -35,6 +35,7 @@ MODULES = (
     "selection",
     "synthetic",
     "training",
+    "low_precision",
     "ensemble",
     "evaluation",
     "fidelity",

@@ -192,32 +192,55 @@ def grids(profile: str) -> list[str]:
     return list(read_json(plan).get("grids", {})) if plan.is_file() else []
 
 
-def table(profile: str, grid: str | None = None) -> pd.DataFrame:
-    """Every run of the profile's comparison, or of one of its grids, a row each: id, kind, label and settings; index is the id.
+def table(profile: str) -> pd.DataFrame:
+    """Every run of the profile's comparison, a row each: id, kind, label and settings; index is the id.
 
     Reads ``results/<profile>/plan.json``, so committed results are found whatever the code has become since.
 
     Raises:
         KdlibError: the profile was never run here, or planned runs are missing (they are named).
     """
-    plan = results(profile) / "plan.json"
-    if not plan.is_file():
+    labels = {entry["id"]: entry["label"] for entry in _plan(profile)["runs"]}
+    rows = [
+        {**run.settings["parameters"], "id": run.id, "kind": run.kind, "label": labels[run.id], "run": run}
+        for run in _planned(profile, labels)
+    ]
+    return pd.DataFrame(rows).set_index("id", drop=False)
+
+
+def cells(profile: str, grid: str) -> dict[str, list[Run]]:
+    """The runs of a grid: those of each of its cells, one a seed, in the order of the profile.
+
+    Raises:
+        KdlibError: as :func:`table`; or the results hold no such grid.
+    """
+    plan = _plan(profile).get("grids", {})
+    if grid not in plan:
         raise KdlibError(
-            f"No results of profile {profile!r} in {plan.parent}. Make them with: make paper PROFILE={profile}"
+            f"The results of profile {profile!r} hold no grid {grid!r}. If the profile names it under study: grids, make it with: "
+            f"make paper PROFILE={profile} GRIDS={grid}"
         )
-    rows, missing = [], []
-    planned = json.loads(plan.read_text())
-    for entry in planned["runs"] if grid is None else planned.get("grids", {}).get(grid, []):
-        run = find(profile, entry["id"])
-        if run is None:
-            missing.append(f"{entry['label']} ({entry['id']})")
-        else:
-            rows.append(
-                {**run.settings["parameters"], "id": run.id, "kind": run.kind, "label": entry["label"], "run": run}
-            )
+    found = _planned(profile, {entry["id"]: entry["label"] for entry in plan[grid]["runs"]})
+    made = {run.id: run for run in found}
+    return {cell: [made[one] for one in ids] for cell, ids in plan[grid]["cells"]}
+
+
+def _plan(profile: str) -> dict:
+    path = results(profile) / "plan.json"
+    if not path.is_file():
+        raise KdlibError(
+            f"No results of profile {profile!r} in {path.parent}. Make them with: make paper PROFILE={profile}"
+        )
+    return read_json(path)
+
+
+def _planned(profile: str, labels: dict[str, str]) -> list[Run]:
+    """The runs with these ids, all of them finished."""
+    found = {one: find(profile, one) for one in labels}
+    missing = [f"{labels[one]} ({one})" for one, run in found.items() if run is None]
     if missing:
         raise KdlibError(
-            f"Profile {profile!r} lacks {len(missing)} of {len(missing) + len(rows)} planned runs: {', '.join(missing[:8])}"
+            f"Profile {profile!r} lacks {len(missing)} of {len(labels)} planned runs: {', '.join(missing[:8])}"
             f"{' …' if len(missing) > 8 else ''}. Finish it with: make paper PROFILE={profile}"
         )
-    return pd.DataFrame(rows).set_index("id", drop=False)
+    return list(found.values())

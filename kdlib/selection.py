@@ -1,8 +1,8 @@
 """Which documents to distil on: by a score such as teacher entropy, student loss or their divergence, at equal tokens.
 
 The functions take a table with a row for each document: ``document`` (id), ``tokens`` (predicting positions) and
-``score`` (any finite number, usually nats *a token*: sums would choose long documents). Windows, or any other unit with
-an id, do as well. Results depend on the set of rows alone, not on their order.
+``score`` (any finite number, usually nats *a token*: sums would choose long documents), and ``domain`` where they choose
+by it. Windows, or any other unit with an id, do as well. Results depend on the set of rows alone, not on their order.
 """
 
 import math
@@ -34,18 +34,37 @@ def scores(split: Split, values: np.ndarray) -> pd.DataFrame:
     read = np.array(values, dtype=np.float64)
     read[split.offsets[1:] - 1] = 0
     totals = np.add.reduceat(read, split.offsets[:-1])
-    return split.documents[["document", "tokens"]].assign(score=totals / split.documents.tokens)
+    return split.documents[["document", "domain", "tokens"]].assign(score=totals / split.documents.tokens)
 
 
-def choose(table: pd.DataFrame, budget: int, mode: str, seed: int = 0) -> list[str]:
+def mix(table: pd.DataFrame, budget: int, shares: dict[str, float]) -> dict[str, int]:
+    """``budget`` tokens divided among domains in proportion to ``shares``: what :func:`choose` takes of each.
+
+    Raises:
+        KdlibError: a domain that the table lacks, or holds too little of.
+    """
+    held = table.groupby("domain").tokens.sum().to_dict()
+    parts = {domain: round(budget * share / sum(shares.values())) for domain, share in shares.items()}
+    for domain, tokens in parts.items():
+        if not 1 <= tokens <= held.get(domain, 0):
+            raise KdlibError(
+                f"This mix takes {tokens} tokens of the domain {domain!r}, and there are {held.get(domain, 0)} "
+                f"({', '.join(f'{name} {count}' for name, count in held.items())}). Expected at least one token, and no "
+                "more than there are: change the share of the tokens that is kept, or of the domain."
+            )
+    return parts
+
+
+def choose(table: pd.DataFrame, budget: int | dict[str, int], mode: str, seed: int = 0) -> list[str]:
     """Whole documents with about ``budget`` tokens.
 
     Documents are ranked, and the first n are taken, n ≥ 1 such that their tokens come nearest to the budget. A budget
     no smaller than a document is thus missed by at most half of the longest, whatever the mode.
 
     Args:
+        budget: tokens; or the tokens of each domain, which are chosen among that domain's documents.
         mode: ``highest`` or ``lowest`` score first; ``middle``: from the median outwards; ``random``: in an order that
-            depends on ``seed`` and the ids alone. Documents of equal score go by their ids.
+            depends on ``seed`` and the ids alone, so that no score is needed. Documents of equal score go by their ids.
 
     Returns:
         Ids, in the order of the table.
@@ -53,9 +72,13 @@ def choose(table: pd.DataFrame, budget: int, mode: str, seed: int = 0) -> list[s
     Raises:
         KdlibError: unknown mode, a table that breaks the rules above, or a budget that its documents cannot fill.
     """
-    _check(table)
     if mode not in MODES:
         raise KdlibError(f"Unknown mode {mode!r}. Expected one of {', '.join(MODES)}.")
+    if isinstance(budget, dict):
+        of_domains = (choose(table[table.domain == name], tokens, mode, seed) for name, tokens in budget.items())
+        chosen = set().union(*of_domains)
+        return [name for name in table.document if name in chosen]
+    _check(table, scored=mode != "random")
     if not 1 <= budget <= table.tokens.sum():
         raise KdlibError(
             f"Cannot choose {budget} tokens from {len(table)} documents with {table.tokens.sum()} tokens. Expected a "
@@ -64,19 +87,6 @@ def choose(table: pd.DataFrame, budget: int, mode: str, seed: int = 0) -> list[s
     order = _order(table, mode, seed)
     missed = np.abs(table.tokens.to_numpy()[order].cumsum() - budget)
     return _ids(table, order[: missed.argmin() + 1])
-
-
-def top(table: pd.DataFrame, percent: float) -> list[str]:
-    """The ``percent`` % of all documents, rounded up, with the highest scores; ids in the order of the table.
-
-    Raises:
-        KdlibError: a percentage outside 0 < percent ≤ 100, or a table that breaks the rules above.
-    """
-    _check(table)
-    if not 0 < percent <= 100:
-        raise KdlibError(f"Expected a percentage above 0 and at most 100; found {percent}.")
-    count = math.ceil(round(len(table) * percent / 100, 9))
-    return _ids(table, _order(table, "highest", seed=0)[:count])
 
 
 def weights(table: pd.DataFrame, temperature: float) -> pd.Series:
@@ -118,21 +128,21 @@ def _ids(table: pd.DataFrame, rows: np.ndarray) -> list[str]:
     return table.document.iloc[np.sort(rows)].tolist()
 
 
-def _check(table: pd.DataFrame) -> None:
-    missing = {"document", "tokens", "score"} - set(table.columns)
+def _check(table: pd.DataFrame, scored: bool = True) -> None:
+    missing = {"document", "tokens", *(["score"] if scored else [])} - set(table.columns)
     if missing:
         problem = f"lacks the columns {sorted(missing)}"
     elif table.empty:
         problem = "is empty"
     elif table.document.duplicated().any():
         problem = f"names {table.document[table.document.duplicated()].iloc[0]!r} more than once"
-    elif not np.isfinite(table.score.to_numpy(dtype=np.float64)).all():
+    elif scored and not np.isfinite(table.score.to_numpy(dtype=np.float64)).all():
         problem = f"has a score that is no finite number, that of {table.document[~np.isfinite(table.score)].iloc[0]!r}"
     elif (table.tokens < 1).any():
         problem = f"has a document without tokens, {table.document[table.tokens < 1].iloc[0]!r}"
     else:
         return
     raise KdlibError(
-        f"The table of scores {problem}. Expected a row for each document, with its id (document), its number of tokens "
-        "and a finite score."
+        f"The table of documents {problem}. Expected a row for each document, with its id (document), its number of "
+        "tokens and, unless the choice is random, a finite score."
     )

@@ -22,13 +22,13 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from kdlib import corpus, models
+from kdlib import corpus, low_precision, models
 from kdlib.cache import TargetCache
 from kdlib.errors import KdlibError
 from kdlib.losses import DenseTargets, linear_distillation_loss
 from kdlib.losses.balance import backward as balance_gradients
 from kdlib.losses.features import FeatureLoss
-from kdlib.profiles import TrainingParameters
+from kdlib.parameters import TrainingParameters
 from kdlib.progress import bar
 from kdlib.schedules import Schedule, as_schedule
 
@@ -67,10 +67,22 @@ class Rows(torch.utils.data.Dataset):
 
 
 class Collator:
-    """Rows of flat positions -> the model's inputs, the labels, and the cached targets of the same positions."""
+    """Rows of flat positions -> the model's inputs, the labels, and the cached targets of the same positions.
 
-    def __init__(self, split: corpus.Split, targets: TargetCache | None = None):
-        self.split, self.targets = split, targets
+    Args:
+        weights: [positions], a token weight at each of the split's flat positions; a batch then holds those of its labels.
+
+    Raises:
+        KdlibError: another number of weights than positions.
+    """
+
+    def __init__(self, split: corpus.Split, targets: TargetCache | None = None, weights: np.ndarray | None = None):
+        if weights is not None and len(weights) != len(split.tokens):
+            raise KdlibError(
+                f"Expected a weight at each of the {len(split.tokens)} positions of the split {split.name!r}; found "
+                f"{len(weights)}. Compute them on the same corpus."
+            )
+        self.split, self.targets, self.weights = split, targets, weights
 
     def __call__(self, rows: list[np.ndarray]) -> dict:
         index = np.stack(rows)
@@ -78,6 +90,8 @@ class Collator:
         if self.targets is not None:
             # Padding and targets agree row for row because both are read at the same flat positions.
             batch["targets"] = self.targets.read(index)
+        if self.weights is not None:
+            batch["weights"] = torch.from_numpy(np.where(index < 0, 0, self.weights[index]).astype(np.float32))
         return batch
 
 
@@ -96,12 +110,15 @@ class DistillationTrainer(Trainer):
         features, feature_weight: a loss on what student and teacher compute inside, added to the others, and its weight.
             The student's body is not compiled then, and the projectors train along and are dropped in the end.
         balance: how the gradient of ``features`` gives way to the main one, see :mod:`kdlib.losses.balance`; None adds them.
+        weights: [positions] of ``split``: each token's CE and KD are multiplied by its own, in the log as well. The loss of
+            ``features`` and that on validation text have none.
         multipliers: regular expression on parameter names -> learning-rate multiplier; the first match wins, 0 freezes.
         validation, validation_index: measured a few times along the way; a short run measures only every n-th row.
 
     Raises:
-        KdlibError: nothing to train on, a teacher that shares parameters with the model, a multiplier that matches no
-            parameter, or (while training) a non-finite loss or gradient.
+        KdlibError: a ``low_precision`` this machine has not, nothing to train on, a teacher that shares parameters with the
+            model, a multiplier that matches no parameter, another number of weights than positions, or (while training) a
+            non-finite loss or gradient.
     """
 
     def __init__(
@@ -120,10 +137,12 @@ class DistillationTrainer(Trainer):
         features: FeatureLoss | None = None,
         feature_weight: float = 1.0,
         balance: Callable | None = None,
+        weights: np.ndarray | None = None,
         multipliers: dict[str, float] | None = None,
         validation: corpus.Split | None = None,
         validation_index: np.ndarray | None = None,
     ):
+        low_precision.require(settings.low_precision)
         if not len(index):
             raise KdlibError(
                 f"The split {split.name!r} has no rows to train on; raise train_tokens or lower block_length."
@@ -140,6 +159,7 @@ class DistillationTrainer(Trainer):
             model.projectors = features.projectors
         self.multipliers = multipliers or {}
         self.autocast = models.precision(settings.precision)
+        self.low_precision = settings.low_precision
         self.log_path = folder / "log.csv"
         self.steps = steps(settings, len(index))
         every = max(1, math.ceil(self.steps / CHECKPOINTS))
@@ -177,7 +197,7 @@ class DistillationTrainer(Trainer):
         super().__init__(
             model,
             arguments,
-            data_collator=Collator(split, targets),
+            data_collator=Collator(split, targets, weights),
             train_dataset=Rows(index),
             eval_dataset=None if validation is None else Rows(validation_index),
         )
@@ -204,7 +224,9 @@ class DistillationTrainer(Trainer):
         self._restore_log(checkpoint)
         self._resumed_at = time.perf_counter()
         if _step(checkpoint) < self.steps:
-            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            eight_bit = self.low_precision == "optimizer_and_backward"
+            with low_precision.eight_bit_backward(self.model) if eight_bit else nullcontext():
+                self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         elif checkpoint is not None:
             # Killed after its last step; the Trainer would take one more.
             self._load_from_checkpoint(str(checkpoint))
@@ -229,7 +251,7 @@ class DistillationTrainer(Trainer):
         """Loss of one micro-batch, divided by the tokens of the whole optimisation step."""
         progress = min(1.0, self.state.global_step / max(1, self.steps - 1))
         kd_weight, temperature = self.kd_weight.value(progress), self.temperature.value(progress)
-        targets = inputs.get("targets")
+        targets, weights = inputs.get("targets"), inputs.get("weights")
         with nullcontext() if self.features is None else self.features.recorded():
             hidden = self._hidden(self._body, inputs)
             if self.teacher is not None and (kd_weight > 0 or self.features is not None):
@@ -246,6 +268,7 @@ class DistillationTrainer(Trainer):
             compiled=self._compiled,
             divergence=self.divergence,
             options=self.divergence_options,
+            token_weights=None if weights is None else weights.flatten(),
         )
         loss, feature = parts.loss, None
         if self.features is not None:
@@ -325,7 +348,11 @@ class DistillationTrainer(Trainer):
         """AdamW (Loshchilov & Hutter 2019) with learning-rate multipliers; vectors (norms, biases) are not decayed."""
         if self.optimizer is None:
             groups = parameter_groups(self.model, self.multipliers, self.args.learning_rate, self.args.weight_decay)
-            self.optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate, betas=(0.9, 0.95), fused=True)
+            rate, betas = self.args.learning_rate, (0.9, 0.95)
+            if self.low_precision == "none":
+                self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
+            else:
+                self.optimizer = low_precision.adamw_8bit(groups, rate, betas, compiled=self._compiled)
         return self.optimizer
 
     def log(self, logs: dict, start_time=None) -> None:

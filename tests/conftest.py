@@ -9,7 +9,7 @@ import pytest
 import synthetic_results
 from nbclient import NotebookClient
 
-from kdlib import report
+from kdlib import profiles, report
 from kdlib.profiles import REPOSITORY
 
 
@@ -30,9 +30,10 @@ def analysed(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KDLIB_HOME", str(home))
-        synthetic_results.write("smoke")
+        grids = tuple(profiles.load("smoke").study.grids)
+        synthetic_results.write("smoke", grids=grids)
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(_execute, report.ANALYSES))
+            list(pool.map(_execute, report.analyses(grids)))
     return home
 
 

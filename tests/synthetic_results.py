@@ -2,26 +2,31 @@
 
 Analyses, figures and the paper are tested on it without training anything. Its numbers only have the right shape:
 students trained with soft targets are better than those without, ensembles are better than members, and documents and
-seeds vary.
+seeds vary; students of a grid differ from one another by an amount of their own, whatever the seed.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from kdlib import plan, profiles, runs
+from kdlib.parameters import CorpusParameters, TeacherParameters
 
 SPLITS = ("validation", "calibration", "test", "ood")
 NLL = {"frozen": 3.4, "lora": 3.1, "full": 3.05, "scratch": 3.6, "ce": 4.95, "kd": 4.86, "online_kd": 4.85}
 BINS = 15
 
 
-def write(profile: str, sources: int = 12, seed: int = 0) -> Path:
-    """Lay down ``results/<profile>`` under ``runs.home()`` for every run of the profile's study; returns the folder."""
+def write(profile: str, sources: int = 12, seed: int = 0, grids: Sequence[str] = ()) -> Path:
+    """Lay down ``results/<profile>`` under ``runs.home()``: every run of the profile's comparison and of ``grids``.
+
+    Returns the folder.
+    """
     documents = _documents(profiles.load(profile).corpus, sources)
-    for step in plan.study(profile):
+    for step in plan.study(profile, tuple(grids)):
         rng = np.random.default_rng([seed, int(step.id[-12:], 16)])
         folder = runs.results(profile) / "runs" / step.id
         folder.mkdir(parents=True)
@@ -40,11 +45,11 @@ def write(profile: str, sources: int = 12, seed: int = 0) -> Path:
             folder / "provenance.json", {"started": "2024-05-01T00:00:00Z", "device": "invented processor, 2 threads"}
         )
         runs.write_json(folder / "metrics.json", metrics)
-    plan.write(profile)
+    plan.write(profile, tuple(grids))
     return runs.results(profile)
 
 
-def _documents(corpus: profiles.CorpusParameters, sources: int) -> pd.DataFrame:
+def _documents(corpus: CorpusParameters, sources: int) -> pd.DataFrame:
     rng = np.random.default_rng(0)
     rows = []
     for split in SPLITS:
@@ -60,9 +65,14 @@ def _documents(corpus: profiles.CorpusParameters, sources: int) -> pd.DataFrame:
 
 
 def _fidelity(step, documents, folder, rng) -> dict:
-    test = {"nll": 4.9 + 0.01 * rng.normal(), "ece": 0.02, "full_ece": 0.03, "nll_calibrated": 4.89}
-    angles = {"angle_initial": 20 + rng.random(), "angle_trained": 40 + rng.random()}
-    return angles | {"teacher_kl": 1.1, "bytes_per_token": 20 + rng.random(), "entries_per_token": 9.0, "test": test}
+    kept = step.inputs["targets"].parameters
+    drawn, largest = kept.draws * ("sampled" in kept.kind), kept.top_k * ("topk" in kept.kind)
+    size = 1024 if kept.kind == "dense" else 2 + 0.7 * drawn + 2.2 * largest
+    angle = 0 if kept.kind == "dense" else 50 / np.sqrt(drawn) if drawn else 60 - 5 * np.log(largest)
+    off = 0.001 * angle + 0.01 * rng.normal()
+    test = {"nll": 4.86 + off, "ece": 0.02 + 0.2 * abs(off), "full_ece": 0.03, "nll_calibrated": 4.85 + off}
+    angles = {"angle_initial": angle / 2, "angle_trained": angle + rng.random()}
+    return angles | {"teacher_kl": 1.1 + off, "bytes_per_token": size, "entries_per_token": size / 2, "test": test}
 
 
 def _corpus(step, documents, folder, rng) -> dict:
@@ -102,7 +112,7 @@ def _model(step, documents, folder, rng) -> dict:
     members = [upstream for name, upstream in step.inputs.items() if name.startswith("member")]
     trained = members[0].parameters if members else values
     untrained = step.kind != "teacher" and trained.epochs == 0
-    base = NLL[values.adaptation if step.kind == "teacher" else trained.objective]
+    base = NLL[values.adaptation if step.kind == "teacher" else trained.objective] + _effect(trained)
     if untrained:
         base = float(np.log(profiles.load(values.profile).corpus.vocabulary_size))
     elif members:
@@ -114,7 +124,19 @@ def _model(step, documents, folder, rng) -> dict:
     rows.drop(columns="difficulty").to_parquet(folder / "documents.parquet")
     if not members and step.kind == "student":
         _log(folder, base, rng, values)
-    return _evaluation(rows) | _size(step, members) | _pooled(rows, members)
+    return _evaluation(rows, rng) | _size(step, members, rng) | _pooled(rows, members)
+
+
+def _effect(values) -> float:
+    """What a student's settings make of its loss: nothing for those of the comparison, else the same for every seed."""
+    if isinstance(values, TeacherParameters):
+        return 0.0
+    usual, found = (one.model_dump(mode="json") for one in (profiles.load(values.profile).student, values))
+    own = {name: value for name, value in found.items() if value != usual[name]}
+    own = {name: value for name, value in own.items() if name not in {"profile", "objective", "seed", "epochs"}}
+    start = {"identical": -1.78, "every_nth": -0.8, "embeddings": -0.1, "random": 0.0}[values.initialisation]
+    varied = np.random.default_rng(int(runs.digest(own), 16)).normal(0, 0.03) if own else 0.0
+    return varied + start + (2.5 if values.text == "uniform" else 0)
 
 
 def _log(folder, base, rng, values) -> None:
@@ -137,7 +159,7 @@ def _log(folder, base, rng, values) -> None:
     ).to_csv(folder / "log.csv", index=False)
 
 
-def _evaluation(rows) -> dict:
+def _evaluation(rows, rng) -> dict:
     evaluation, domains, reliability = {}, {}, {}
     for split, part in rows.groupby("split"):
         nll, accuracy = part.nll.sum() / part.tokens.sum(), part.correct.sum() / part.tokens.sum()
@@ -147,7 +169,7 @@ def _evaluation(rows) -> dict:
             "perplexity": np.exp(nll),
             "bits_per_byte": part.nll.sum() / np.log(2) / part.bytes.sum(),
             "accuracy": accuracy,
-            "ece": 0.06,
+            "ece": 0.06 + 0.004 * rng.random(),
             "full_ece": 0.09,
             "tokens": int(part.tokens.sum()),
             "bytes": int(part.bytes.sum()),
@@ -181,10 +203,10 @@ def _bins(accuracy, gap, tokens) -> dict:
     }
 
 
-def _size(step, members) -> dict:
+def _size(step, members, rng) -> dict:
     parts = {"embedding": 1_048_576, "attention": 200_000, "mlp": 400_000, "norms": 1_000, "head": 0}
     parts |= {"non_embedding": 601_000, "total": 1_649_576}
-    if step.kind == "teacher":
+    if step.kind == "teacher" or getattr(step.parameters, "initialisation", "") == "identical":
         parts = {name: 60 * count for name, count in parts.items()}
     size = {"parameters": {name: count * max(1, len(members)) for name, count in parts.items()}}
     if members:
@@ -207,12 +229,14 @@ def _size(step, members) -> dict:
             }
         }
     tokens = 100_000
+    loop = {"teacher_flops": 2.7e8 * tokens} if getattr(step.parameters, "objective", "") == "online_kd" else {}
     return size | {
-        "training": {
+        "training": loop
+        | {
             "tokens": tokens,
             "steps": 100,
             "seconds": 40.0,
-            "tokens_per_second": 2500.0,
+            "tokens_per_second": 2450.0 + 100 * rng.random(),
             "peak_memory_bytes": int(1e9),
             "flops": 6 * size["parameters"]["total"] * tokens,
             "final_loss": 4.2,

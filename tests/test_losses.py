@@ -560,9 +560,10 @@ def test_logits_of_all_tokens_never_exist_at_once(kind, temperature):
         "dense": teacher,
     }[kind]
     weight = 0.0 if kind == "none" else 0.3
-    with LargestTensor() as largest:
-        fused(student, labels, targets, weight, temperature, chunk_tokens=chunk)
-    assert largest.elements == max(tokens * width, chunk * vocabulary)
+    for token_weights in (None, torch.ones(tokens)):
+        with LargestTensor() as largest:
+            fused(student, labels, targets, weight, temperature, chunk_tokens=chunk, token_weights=token_weights)
+        assert largest.elements == max(tokens * width, chunk * vocabulary)
     with LargestTensor() as largest:
         cross_entropy(student[0] @ student[1].T, labels).backward()
     assert largest.elements >= tokens * vocabulary
@@ -806,6 +807,127 @@ def test_a_compiled_softmax_gives_the_same_loss_to_float32_rounding(kind):
     student, labels, teacher = problem(torch.float32)
     targets = None if kind == "none" else targets_of(kind, teacher, 2.0)
     weight = 0.0 if kind == "none" else 0.3
-    expected, gradients = fused(student, labels, targets, weight, 2.0, chunk_tokens=4)
-    parts, found = fused(student, labels, targets, weight, 2.0, chunk_tokens=4, compiled=True)
-    assert_close((parts.loss, *found), (expected.loss, *gradients), 1e-6)
+    for weights in (None, weights_of_tokens()):
+        options = {"chunk_tokens": 4, "token_weights": weights}
+        expected, gradients = fused(student, labels, targets, weight, 2.0, **options)
+        parts, found = fused(student, labels, targets, weight, 2.0, compiled=True, **options)
+        assert_close((parts.loss, *found), (expected.loss, *gradients), 1e-6)
+
+
+# Token weights
+
+WEIGHTLESS = 4
+TOKENWISE = [(name, kind) for name, kind in SERVED if "group" not in OPTIONS.get(name, {})]
+
+
+def weights_of_tokens():
+    """Any numbers, at tokens without a label too, and a weight of 0 at a token with one."""
+    weights = 2 * normal(TOKENS, seed=7).abs()
+    weights[WEIGHTLESS] = 0
+    return weights
+
+
+def assert_equals_weighted(total, ce, kd, student, labels, arguments, options):
+    """Loss parts and gradients of the fused loss, in chunks of any size."""
+    gradients = torch.autograd.grad(total, student)
+    for chunk in (1, 4, 100, None):
+        parts, found = fused(
+            student, labels, *arguments, **options, chunk_tokens=chunk, token_weights=weights_of_tokens()
+        )
+        assert_close(parts.loss, total)
+        assert_close(found, gradients)
+        assert_close(parts.ce, ce.detach())
+        assert kd is parts.kd is None or torch.allclose(parts.kd, kd, rtol=1e-11)
+        assert parts.tokens == TOKENS - len(MASKED)
+        assert torch.equal(found[0][[*MASKED, WEIGHTLESS]], torch.zeros(3, WIDTH, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("kind", "temperature", "kd_weight"), [("none", 1.0, 0.0), *product(KINDS, [1.0, 2.0], [0.3, 1.0])]
+)
+def test_a_tokens_weight_multiplies_its_loss_in_value_and_gradient(kind, temperature, kd_weight):
+    student, labels, teacher = problem()
+    targets = None if kind == "none" else targets_of(kind, teacher, temperature)
+    logits, valid = logits_of(student), (labels != -100).nonzero().squeeze(1)
+    weights = weights_of_tokens()[valid]
+    ce = -(weights * probabilities(logits)[valid, labels[valid]].log()).sum()
+    kd = None if targets is None else (weights * kl_by_hand(kind, logits, targets, temperature)[valid]).sum()
+    total = (ce if kd is None else kd_weight * kd + (1 - kd_weight) * ce) / len(valid)
+    assert_equals_weighted(total, ce, kd, student, labels, (targets, kd_weight, temperature), {})
+
+
+@pytest.mark.parametrize(("name", "kind"), TOKENWISE)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_every_divergence_of_single_tokens_is_weighted(name, kind, temperature):
+    student, labels, teacher = problem()
+    targets, options = targets_of(kind, teacher, temperature), OPTIONS.get(name, {})
+    logits, weights, valid = logits_of(student), weights_of_tokens(), labels != -100
+    whole = teacher_logits(teacher) if kind == "dense" else targets
+    kd = (weights * divergence_loss(name, logits, whole, temperature, **options))[valid].sum()
+    ce = (weights * F.cross_entropy(logits, labels, reduction="none"))[valid].sum()
+    total = (0.3 * kd + 0.7 * ce) / valid.sum()
+    given = {"divergence": name, "options": options}
+    assert_equals_weighted(total, ce, kd, student, labels, (targets, 0.3, temperature), given)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("matmul_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize(("name", "kind"), [("forward_kl", "none"), ("forward_kl", "sampled"), *TOKENWISE])
+def test_weights_of_1_change_no_bit(name, kind, matmul_dtype, temperature):
+    student, labels, teacher = problem(torch.float32)
+    targets, weight = (None, 0.0) if kind == "none" else (targets_of(kind, teacher, temperature), 0.3)
+    options = {"matmul_dtype": matmul_dtype, "divergence": name, "options": OPTIONS.get(name), "chunk_tokens": 4}
+    expected, gradients = fused(student, labels, targets, weight, temperature, **options)
+    for ones in (torch.ones(TOKENS), torch.ones(TOKENS, dtype=torch.float64)):
+        parts, found = fused(student, labels, targets, weight, temperature, token_weights=ones, **options)
+        for a, e in zip((*parts[:3], *found), (*expected[:3], *gradients), strict=True):
+            assert a is e is None or (a.dtype == e.dtype and torch.equal(a, e))
+
+
+@pytest.mark.parametrize("kind", ["none", *KINDS])
+def test_weights_of_0_and_1_select_tokens_whatever_the_others_hold(kind):
+    student, labels, teacher = problem()
+    targets, weight = (None, 0.0) if kind == "none" else (targets_of(kind, teacher, 1.0), 0.3)
+    chosen = torch.arange(TOKENS) % 3 > 0
+    expected, gradients = fused(student, labels.where(chosen, -100), targets, weight, normaliser=7.0, chunk_tokens=4)
+    with torch.no_grad():
+        student[0][~chosen] = torch.inf
+    options = {"normaliser": 7.0, "chunk_tokens": 4, "token_weights": chosen.double()}
+    parts, found = fused(student, labels, targets, weight, **options)
+    assert torch.equal(parts.loss, expected.loss)
+    assert all(torch.equal(a, e) for a, e in zip(found, gradients, strict=True))
+    assert (parts.tokens, expected.tokens) == ((labels != -100).sum(), ((labels != -100) & chosen).sum())
+
+
+def test_without_any_weight_there_is_no_loss():
+    student, labels, teacher = problem()
+    parts, gradients = fused(student, labels, teacher, 0.3, token_weights=torch.zeros(TOKENS))
+    assert parts[:3] == (0, 0, 0) and parts.tokens == TOKENS - len(MASKED)
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients)
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -0.5])
+def test_weights_that_are_no_numbers_from_0_up_are_refused(wrong):
+    student, labels, teacher = problem()
+    weights = weights_of_tokens()
+    weights[MASKED[0]] = wrong
+    with pytest.raises(KdlibError, match=rf"finite number, 0 or more, for each token.*\({TOKENS},\).*{wrong}"):
+        fused(student, labels, teacher, 0.3, token_weights=weights)
+
+
+def test_weights_of_other_tokens_are_refused():
+    student, labels, teacher = problem()
+    with pytest.raises(
+        KdlibError, match=f"token_weights must describe the same T tokens.*'token_weights': {TOKENS - 1}"
+    ):
+        fused(student, labels, teacher, 0.3, token_weights=weights_of_tokens()[1:])
+    with pytest.raises(KdlibError, match=rf"for each token, \[T\]; found shape \({TOKENS}, 1\)"):
+        fused(student, labels, teacher, 0.3, token_weights=weights_of_tokens()[:, None])
+
+
+@pytest.mark.parametrize("name", ["sinkhorn", "mutual_information"])
+@pytest.mark.parametrize("kd_weight", [0.0, 0.3])
+def test_losses_on_groups_of_tokens_take_no_weights(name, kd_weight):
+    student, labels, teacher = problem()
+    with pytest.raises(KdlibError, match=f"{name} compares tokens within groups.*Leave them out, or choose"):
+        fused(student, labels, teacher, kd_weight, divergence=name, token_weights=torch.ones(TOKENS))

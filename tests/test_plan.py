@@ -13,11 +13,11 @@ from kdlib.errors import KdlibError
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
-    plan.study.cache_clear()
-    plan._identity.cache_clear()
+    for cached in (plan.study, plan.cells, plan._identity):
+        cached.cache_clear()
     yield tmp_path
-    plan.study.cache_clear()
-    plan._identity.cache_clear()
+    for cached in (plan.study, plan.cells, plan._identity):
+        cached.cache_clear()
 
 
 @pytest.fixture
@@ -115,22 +115,74 @@ def test_edited_code_remakes_the_runs_it_shapes_and_what_reads_them(monkeypatch,
     assert remade == {label for label, step in before.items() if expected(step)} != set()
 
 
-def test_a_grid_has_a_student_a_cell_and_seed_and_joins_the_study(mine):
+def test_what_a_profile_sets_for_one_objective_does_not_stand_in_the_way_of_the_others(mine):
+    student = {"objective": "online_kd", "divergence": "jsd", "divergence_options": {"beta": 0.2}, "feature": "relation"}
+    profile = mine(student=student, targets={"kind": "topk"})
+    students = {step.parameters.objective: step for step in plan.comparison(profile) if step.kind == "student"}
+    plain = {step.parameters.objective: step for step in plan.comparison("smoke") if step.kind == "student"}
+    assert students["ce"].id == plain["ce"].id
+    with pytest.raises(KdlibError, match="divergence jsd cannot be computed from targets of kind sampled"):
+        plan.comparison(mine("other", student={"divergence": "jsd"}))
+    with pytest.raises(KdlibError, match="divergence jsd needs a teacher"):
+        profiles.parameters("04_student", profile, objective="ce", divergence="jsd")
+
+
+def test_a_grid_has_a_run_for_every_cell_and_seed(mine):
     grid = {
         "seeds": [1, 2],
-        "students": [{}, {"layers": 2}],
+        "base": {"batch_size": 8},
+        "students": {"CE": {"objective": "ce"}, "deeper": {"layers": 2, "batch_size": 4}},
         "vary": {"kd_weight": [0.1, 0.5], "temperature": [1.0, 2.0]},
     }
-    profile = mine(study={"grids": {"targets": grid}})
-    students = [step for step in plan.grid(profile, "targets") if step.kind == "student"]
-    found = {
-        (one.parameters.layers, one.parameters.kd_weight, one.parameters.temperature, one.parameters.seed)
-        for one in students
-    }
-    assert len(students) == len(found) == 2 * 2 * 2 * 2
+    found = plan.cells(mine(study={"grids": {"weights": grid}}), "weights")
+    varied = [f"kd_weight {weight}, temperature {temperature}" for weight in (0.1, 0.5) for temperature in (1.0, 2.0)]
+    assert list(found) == ["CE", "deeper", *varied]
+    assert all([step.parameters.seed for step in steps] == [1, 2] for steps in found.values())
+    values = {cell: steps[0].parameters for cell, steps in found.items()}
+    assert (values["CE"].objective, values["CE"].batch_size, values["CE"].layers) == ("ce", 8, 1)
+    assert (values["deeper"].objective, values["deeper"].batch_size, values["deeper"].layers) == ("kd", 4, 2)
+    assert [(values[cell].kd_weight, values[cell].temperature) for cell in varied] == [(0.1, 1), (0.1, 2), (0.5, 1), (0.5, 2)]
     # Each temperature has targets of its own, and all students of one share them.
-    assert len({step.inputs["targets"].id for step in students}) == 2
-    assert {step.id for step in plan.grid(profile, "targets")} < {step.id for step in plan.study(profile)}
+    assert len({step.inputs["targets"].id for cell in varied for step in found[cell]}) == 2
+
+
+def test_what_targets_are_worth_is_measured_of_every_student_of_their_grid(mine):
+    profile = mine(study={"grids": {"targets": {"seeds": [3], "students": {"few": {"targets": {"draws": 2}}, "as ever": {}}}}})
+    found = plan.cells(profile, "targets")
+    assert [step.kind for (step,) in found.values()] == ["fidelity", "fidelity"]
+    assert found["few"][0].inputs["targets"].parameters.draws == 2
+    assert found["few"][0].inputs["student"].parameters.seed == 3
+
+
+def test_a_grid_is_part_of_the_study_once_it_was_asked_for(mine, home):
+    grids = {name: {"seeds": [1], "students": {"deep": {"layers": layers}}} for name, layers in (("losses", 2), ("data", 3))}
+    profile = mine(study={"grids": grids})
+    asked = plan.begun(profile, ["data"])
+    assert plan.begun(profile) == () and asked == ("data",)
+    assert {step.id for step in plan.study(profile, asked)} - ids(profile) == {plan.cells(profile, "data")["deep"][0].id}
+    plan.write(profile, asked)
+    assert plan.begun(profile) == ("data",) and plan.begun(profile, ["all"]) == ("data", "losses")
+    assert plan.begun(profile, ["losses"]) == ("data", "losses")
+    written = runs.read_json(home / "results" / "mine" / "plan.json")["grids"]["data"]
+    assert written["cells"] == [["deep", [plan.cells(profile, "data")["deep"][0].id]]]
+    assert {entry["id"] for entry in written["runs"]} > {one for _, ids in written["cells"] for one in ids}
+
+
+@pytest.mark.parametrize(
+    ("grids", "told"),
+    [
+        ({}, "has no grid 'losses' under study: grids; found none"),
+        ({"data": {"seeds": [1], "students": {"a": {}}}}, "has no grid 'losses' under study: grids; found data"),
+        ({"losses": {"seeds": [1], "students": {"a": {"layers": 2}, "b": {"layers": 2}}}}, "'b' and 'a' are one and the same"),
+        ({"losses": {"seeds": [1, 1], "students": {"a": {}}}}, "'a' and 'a' are one and the same"),
+        ({"losses": {"seeds": [1], "students": {"a": {"layer": 2}}}}, "Unknown parameter 'layer'.*Did you mean 'layers'"),
+        ({"losses": {"seeds": [1]}}, "a grid needs students, or parameters to vary"),
+        ({"loses": {"seeds": [1], "students": {"a": {}}}}, "loses.*Input should be 'targets'"),
+    ],
+)
+def test_a_grid_that_cannot_be_made_is_refused_before_anything_runs(mine, grids, told):
+    with pytest.raises(KdlibError, match=told):
+        plan.begun(mine(study={"grids": grids}), ["losses"])
 
 
 def test_redrawn_targets_read_the_dense_ones_of_their_teacher():
@@ -225,7 +277,7 @@ def test_sources_are_part_of_the_corpus_they_make(monkeypatch):
 
 @pytest.mark.parametrize("profile", ["smoke", "quick", "laptop", "gpu", "babylm", "paper"])
 def test_the_command_of_every_step_makes_that_very_step(profile):
-    for step in plan.study(profile):
+    for step in plan.study(profile, plan.begun(profile, ["all"])):
         words = shlex.split(plan.command(step))
         assert words[:3] == ["python", "-m", "kdlib.run"]
         options = run._options(words[3:])
@@ -245,7 +297,13 @@ def test_a_study_is_planned_without_network(profile, monkeypatch, tmp_path):
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setenv("KDLIB_CACHE", str(tmp_path / "empty"))
-    assert plan.study(profile)
+    assert plan.study(profile, plan.begun(profile, ["all"]))
+
+
+def test_a_mix_of_domains_that_the_corpus_lacks_is_refused_before_anything_runs():
+    selection = {"mode": "random", "share": 0.5, "domains": {"speeches": 1, "poems": 2}}
+    with pytest.raises(KdlibError, match="names the domains poems.*expected some of speeches, country"):
+        plan.step(profiles.parameters("04_student", "smoke", selection=selection))
 
 
 def test_a_missing_run_is_told_with_the_command_that_makes_it():

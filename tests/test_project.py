@@ -21,12 +21,13 @@ SHIPPED = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 FLOORS = (
     ("errors",),
     ("schedules",),
+    ("parameters",),
     ("profiles",),
     ("sources", "revisions", "notebooks"),
     ("runs", "progress", "statistics"),
     ("readers", "documents", "corpus", "vocabulary", "models", "initialisation", "selection", "synthetic"),
-    ("losses", "cache", "training", "ensemble", "evaluation", "fidelity"),
-    ("comparison", "accounts", "figures", "report", "plan"),
+    ("losses", "cache", "low_precision", "training", "ensemble", "evaluation", "fidelity"),
+    ("comparison", "studies", "accounts", "figures", "report", "plan"),
     ("producers", "paper", "run"),
 )
 
@@ -144,7 +145,7 @@ def test_imports_run_one_way(floor):
 @pytest.mark.parametrize(
     "modules",
     [
-        ("statistics", "comparison", "accounts", "figures", "report", "paper"),
+        ("statistics", "comparison", "studies", "accounts", "figures", "report", "paper"),
         ("profiles", "runs", "plan", "sources", "revisions", "notebooks", "run"),
     ],
     ids=["reading results", "planning and running"],

@@ -66,9 +66,13 @@ def test_the_rule_lets_lengths_code_and_lookups_pass(allowed, kind):
     assert literals(r"\begin{document} " + allowed if kind == "latex" else allowed, kind) == []
 
 
-@pytest.mark.parametrize(("file", "kind"), [("paper/main.tex", "latex"), ("README.md", "markdown")])
-def test_no_result_is_typed_by_hand(file, kind):
-    assert literals((REPOSITORY / file).read_text(encoding="utf-8"), kind) == []
+TEXTS = [path for path in sorted((REPOSITORY / "paper").glob("*.tex")) if path.stem != "references"]
+
+
+@pytest.mark.parametrize("path", [REPOSITORY / "README.md", *TEXTS], ids=lambda path: path.name)
+def test_no_result_is_typed_by_hand(path):
+    kind = "latex" if path.suffix == ".tex" else "markdown"
+    assert literals(path.read_text(encoding="utf-8"), kind) == []
 
 
 def recomputed(results) -> int:
@@ -125,8 +129,9 @@ def test_a_changed_result_shows_as_a_number_that_is_no_longer_its_lookup(home, t
 @pytest.mark.slow
 def test_analyses_write_what_is_listed_and_every_figure_has_its_table(home):
     results, drawn = home / "results" / "smoke", home / "figures" / "smoke"
-    tables = {stem for stems, _ in report.ANALYSES.values() for stem in stems}
-    pictures = {stem for _, stems in report.ANALYSES.values() for stem in stems}
+    analyses = report.analyses(runs.grids("smoke"))
+    tables = {stem for stems, _ in analyses.values() for stem in stems}
+    pictures = {stem for _, stems in analyses.values() for stem in stems}
     assert {path.stem for path in results.glob("*.csv")} == tables
     assert {path.name for path in drawn.iterdir()} == {f"{stem}.{kind}" for stem in pictures for kind in ("pdf", "png")}
     assert pictures <= tables
@@ -138,7 +143,7 @@ def test_the_same_results_give_the_same_bytes_without_a_notebook_or_torch(home, 
     shutil.copytree(home / "results" / "smoke" / "runs", tmp_path / "results" / "smoke" / "runs")
     shutil.copy(home / "results" / "smoke" / "plan.json", tmp_path / "results" / "smoke")
     code = []
-    for name in report.ANALYSES:
+    for name in report.analyses(runs.grids("smoke")):
         notebook = nbformat.read(REPOSITORY / "notebooks" / f"{name}.ipynb", as_version=4)
         code.append("\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code"))
     program = "import sys\n" + "".join(f"exec({one!r}, {{}})\n" for one in code) + 'assert "torch" not in sys.modules'
@@ -311,7 +316,9 @@ def test_the_readme_is_redrawn_between_its_marks_only(home, tmp_path, monkeypatc
     readme = tmp_path / "README.md"
     shutil.copy(REPOSITORY / "README.md", readme)
     (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks" / "results.csv").write_text("what,target,measured,unit,detail,device\nstep,≥ 4,4.7,×,fast,two cores\n")
+    (tmp_path / "benchmarks" / "results.csv").write_text(
+        "what,target,measured,unit,detail,device\nstep,≥ 4,4.7,×,fast,two cores\n"
+    )
     before = GENERATED.sub("", readme.read_text(encoding="utf-8"))
     report.update_readme("smoke")
     text = readme.read_text(encoding="utf-8")
@@ -345,3 +352,39 @@ def test_a_figure_has_no_date_and_embeds_its_fonts(tmp_path, monkeypatch):
     content = (tmp_path / "figures/smoke/dots.pdf").read_bytes()
     assert b"CreationDate" not in content and b"/FontFile2" in content
     assert sorted(axis.get_lines()[-1].get_xdata()) == [5.5], "a value beyond the limits is drawn at the edge"
+
+
+def test_differences_are_drawn_where_most_of_them_lie():
+    import matplotlib.pyplot as plt
+
+    found = pd.DataFrame(
+        {
+            "a": ["better", "unknown", "same", "hopeless"],
+            "difference": [-0.04, 0.02, 0.01, 2.5],
+            "low": [-0.06, -np.inf, -0.01, 2.4],
+            "high": [-0.02, np.inf, 0.03, 2.6],
+        }
+    )
+    figure, axis = plt.subplots()
+    figures.against(axis, found, "reference")
+    plt.close(figure)
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["reference", *found.a]
+    low, high = axis.get_xlim()
+    assert -0.07 < low < -0.06 and 0.03 < high < 0.04
+    numbers = {text.get_text(): text.get_color() for text in axis.texts}
+    dark, grey = figures.DARK, figures.GREY
+    assert numbers == {"0.000": dark, "−0.040": dark, "0.020": grey, "0.010": grey, "2.500": dark}
+    arrow = [line for line in axis.get_lines() if line.get_marker() == ">"]
+    assert [list(line.get_ydata()) for line in arrow] == [[4]]
+
+
+def test_seeds_are_drawn_with_their_mean_in_the_order_of_the_grid():
+    import matplotlib.pyplot as plt
+
+    table = pd.DataFrame({"cell": ["b", "b", "a", "a"], "share": [0.4, 0.6, 0.9, 1.0]})
+    figure, axis = plt.subplots()
+    figures.seeds(axis, table, "share", ".1%")
+    plt.close(figure)
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["b", "a"]
+    assert [text.get_text() for text in axis.texts] == ["50.0%", "95.0%"]
+    assert [list(line.get_xdata()) for line in axis.get_lines()] == [[0.4, 0.6], [0.5], [0.9, 1.0], [0.95]]

@@ -151,6 +151,24 @@ def test_a_profile_that_was_never_run_says_how_to_run_it():
         runs.table("quick")
 
 
+def test_the_cells_of_a_grid_are_their_runs_in_the_plans_order(home):
+    planned(home, ID)
+    plan = json.loads((home / "results" / "smoke" / "plan.json").read_text())
+    names = [f"student-{digit * 12}" for digit in "abcd"]
+    entries = [{"id": one, "label": f"label of {one}", "inputs": []} for one in [*names, ID]]
+    plan["grids"] = {"losses": {"runs": entries, "cells": [["z", names[:2]], ["a", names[2:]]]}}
+    runs.write_json(home / "results" / "smoke" / "plan.json", plan)
+    assert runs.grids("smoke") == ["losses"]
+    with pytest.raises(KdlibError, match="lacks 5 of 5 planned runs: label of student-aaaaaaaaaaaa"):
+        runs.cells("smoke", "losses")
+    for name in [*names, ID]:
+        runs.make("smoke", name, SETTINGS, lambda work: {})
+    found = runs.cells("smoke", "losses")
+    assert [(cell, [run.id for run in group]) for cell, group in found.items()] == [("z", names[:2]), ("a", names[2:])]
+    with pytest.raises(KdlibError, match="hold no grid 'data'.*make paper PROFILE=smoke GRIDS=data"):
+        runs.cells("smoke", "data")
+
+
 def test_a_run_folder_has_no_temporary_files(home):
     runs.write_json(home / "a.json", {})
     assert os.listdir(home) == ["a.json"]

@@ -13,9 +13,9 @@ from kdlib import selection
 from kdlib.errors import KdlibError
 
 
-def table(scores, tokens=10):
+def table(scores, tokens=10, domains="d"):
     names = [f"d/{number:03}#00" for number in range(len(scores))]
-    return pd.DataFrame({"document": names, "tokens": tokens, "score": scores})
+    return pd.DataFrame({"document": names, "domain": domains, "tokens": tokens, "score": scores})
 
 
 def large(seed=0, documents=200):
@@ -95,13 +95,56 @@ def test_random_choices_depend_on_the_seed_alone_and_reach_every_document_alike(
     assert statistic < 36.2, "the 99th percentile of chi-square with 19 degrees"
 
 
-def test_top_takes_a_percentage_of_the_documents_rounded_up():
-    scored = table(np.arange(30.0))
-    assert numbers(selection.top(scored, 10)) == [27, 28, 29]
-    assert numbers(selection.top(scored, 11)) == [26, 27, 28, 29]
-    assert numbers(selection.top(scored, 0.1)) == [29]
-    assert len(selection.top(scored, 100)) == 30
-    assert len(selection.top(table(np.arange(250.0)), 64.4)) == 161, "250 * 64.4 / 100 is computed as 161 + 3e-14"
+def test_a_random_choice_needs_no_score():
+    scored = large()
+    assert selection.choose(scored.drop(columns="score"), 900, "random", 3) == selection.choose(
+        scored, 900, "random", 3
+    )
+
+
+def test_a_budget_for_each_domain_is_spent_on_its_own_documents():
+    scored = table([5.0, 4.0, 3.0, 2.0, 1.0, 0.0], domains=["a", "b", "c", "b", "a", "a"])
+    assert numbers(selection.choose(scored, {"b": 10, "a": 20}, "highest")) == [0, 1, 4]
+    assert numbers(selection.choose(scored, {"b": 10, "a": 20}, "lowest")) == [3, 4, 5]
+    assert numbers(selection.choose(scored, {"c": 10}, "random")) == [2]
+
+
+@pytest.mark.parametrize("mode", selection.MODES)
+def test_every_domain_is_chosen_from_as_it_would_be_alone(mode):
+    scored = large().assign(domain=np.random.default_rng(1).choice(["a", "b", "c"], 200))
+    budget = selection.mix(scored, 2000, {"a": 1.0, "c": 3.0})
+    assert budget == {"a": 500, "c": 1500}
+    chosen = selection.choose(scored, budget, mode, seed=4)
+    assert chosen == [name for name in scored.document if name in set(chosen)]
+    for domain, tokens in budget.items():
+        own = scored[scored.domain == domain]
+        alone = selection.choose(own, tokens, mode, seed=4)
+        assert [name for name in chosen if name in set(own.document)] == alone
+        assert abs(own.tokens[own.document.isin(alone)].sum() - tokens) <= own.tokens.max() / 2
+    assert not scored.domain[scored.document.isin(chosen)].eq("b").any()
+
+
+def test_a_mix_is_in_proportion_to_its_shares():
+    scored = table(np.zeros(40), 25, ["a", "b"] * 20)
+    for shares in ({"a": 1, "b": 3}, {"a": 0.25, "b": 0.75}, {"b": 6.0, "a": 2.0}):
+        assert selection.mix(scored, 600, shares) == {"a": 150, "b": 450}
+    assert selection.mix(scored, 500, {"b": 0.1}) == {"b": 500}
+
+
+@pytest.mark.parametrize(
+    ("budget", "shares", "message"),
+    [
+        (600, {"a": 1, "e": 1}, r"takes 300 tokens of the domain 'e', and there are 0 \(a 500, b 500\)"),
+        (600, {"a": 5, "b": 1}, r"takes 500 tokens of the domain 'a', and there are 499 \(a 499, b 501\)"),
+        (600, {"a": 1, "b": 9999}, "takes 0 tokens of the domain 'a', and there are 500.*at least one"),
+    ],
+)
+def test_a_mix_of_text_that_is_not_there_is_refused_with_what_there_is(budget, shares, message):
+    scored = table(np.zeros(40), 25, ["a", "b"] * 20)
+    if "499" in message:
+        scored.loc[[0, 1], "tokens"] = [24, 26]
+    with pytest.raises(KdlibError, match=message):
+        selection.mix(scored, budget, shares)
 
 
 def test_weights_have_mean_one_over_tokens_and_ratios_by_the_score():
@@ -134,7 +177,7 @@ def test_scores_are_means_over_the_predicting_positions_of_each_document():
     for number, row in enumerate(found.itertuples()):
         mine = values[split.offsets[number] : split.offsets[number + 1] - 1]
         assert row.score == pytest.approx(mine.mean(), abs=1e-15)
-        assert (row.document, row.tokens) == (split.documents.document[number], len(mine))
+        assert (row.document, row.domain, row.tokens) == (split.documents.document[number], "talk", len(mine))
     assert np.isnan(values[split.offsets[1:] - 1]).all(), "the values given stay as they were"
     assert sum(split.windows(16, selection.choose(found, 60, "highest"))[:, 1]) == pytest.approx(60, abs=25)
     with pytest.raises(KdlibError, match="Expected a value at each"):
@@ -155,7 +198,6 @@ def test_a_table_that_is_none_is_refused_everywhere(problem, changed):
     wrong = changed(table([1.0, 2.0]))
     for use in (
         lambda: selection.choose(wrong, 1, "highest"),
-        lambda: selection.top(wrong, 50),
         lambda: selection.weights(wrong, 1.0),
     ):
         with pytest.raises(KdlibError, match=problem):
@@ -169,9 +211,6 @@ def test_what_cannot_be_chosen_is_refused():
     for budget in (0, 21):
         with pytest.raises(KdlibError, match="with 20 tokens"):
             selection.choose(good, budget, "highest")
-    for percent in (0, 101, math.nan):
-        with pytest.raises(KdlibError, match="percentage"):
-            selection.top(good, percent)
     for temperature in (0, -1, math.inf, math.nan):
         with pytest.raises(KdlibError, match="temperature"):
             selection.weights(good, temperature)

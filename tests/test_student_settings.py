@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_training import Interrupt, distance, same, weights
 from tiny import BLOCK, dense_log_probs, make_model, make_split, predicting
 
-from kdlib import fidelity, initialisation, models, plan, producers, profiles, sources
+from kdlib import fidelity, initialisation, models, parameters, plan, producers, profiles, sources
 from kdlib.cache import export_cache
 from kdlib.corpus import load_split, pack
 from kdlib.errors import KdlibError
@@ -269,16 +269,16 @@ def mean_by_document(split, values):
 
 
 def kept_documents(profile, **changes):
-    """What a student that selects reads: ids, and the split."""
+    """What a student that selects reads: ids, weights, and the split."""
     one = step(profile, **changes)
     inputs = {name: producers.make(upstream) for name, upstream in one.inputs.items()}
     train = train_split(profile)
     targets = None
     if "targets" in inputs:
         targets = producers._open_targets(inputs, train, one.parameters.temperature)
-    split, kept = producers._text(one, inputs, train, None, targets, 32)
+    split, kept, weights = producers._text(one, inputs, train, None, targets, 32)
     assert split is train
-    return kept, train
+    return kept, weights, train
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,8 @@ def kept_documents(profile, **changes):
 )
 def test_a_selection_keeps_its_share_of_the_tokens_in_the_order_of_the_scores(profile, by, mode, objective):
     changes = {"objective": objective, "selection": {"by": by, "mode": mode, "share": 0.4}, "batch_size": 1}
-    kept, train = kept_documents(profile, **changes)
+    kept, weights, train = kept_documents(profile, **changes)
+    assert weights is None
     # The scores anew, from all of the logits.
     scorer = make(profile, "02_teacher") if by.startswith("teacher") else make(profile, objective="ce", seed=1)
     model = producers.load_model(scorer)
@@ -306,6 +307,63 @@ def test_a_selection_keeps_its_share_of_the_tokens_in_the_order_of_the_scores(pr
     # In batches of one row nothing is left over, so the run has seen just these.
     run = make(profile, **changes)
     assert run.metrics["training"]["tokens"] == sizes[kept].sum()
+
+
+def test_a_mix_of_domains_keeps_its_share_of_each_and_needs_no_score(profile):
+    selection = {"mode": "random", "share": 0.4, "domains": {"few": 1.0, "many": 3.0}}
+    changes = {"objective": "ce", "selection": selection, "batch_size": 1}
+    kept, weights, train = kept_documents(profile, **changes)
+    assert weights is None
+    table = train.documents[train.documents.document.isin(kept)]
+    total, longest = train.documents.tokens.sum(), train.documents.tokens.max()
+    for domain, share in (("few", 0.1), ("many", 0.3)):
+        assert abs(table.tokens[table.domain == domain].sum() - share * total) <= longest / 2 + 1
+    run = make(profile, **changes)
+    assert run.metrics["training"]["tokens"] == table.tokens.sum()
+    assert run.settings["inputs"].keys() == {"corpus"}
+    only = {"selection": selection | {"domains": {"few": 1.0}}}
+    one, other = (one.metrics["domains"]["test"] for one in (run, make(profile, **changes | only)))
+    assert one["many"]["nll"] < other["many"]["nll"] and one["few"]["nll"] > other["few"]["nll"]
+
+
+@pytest.mark.parametrize(
+    ("domains", "message"),
+    [
+        ({"few": 1.0, "other": 1.0}, "names the domains other, which the corpus does not train on; expected some of few, many"),
+        ({"few": 1.0}, "of the domain 'few', and there are [0-9]+"),
+    ],
+)
+def test_a_mix_of_text_that_the_corpus_lacks_is_refused_before_anything_is_scored(
+    profile, domains, message, monkeypatch
+):
+    monkeypatch.setattr(producers, "_scores", None)
+    selection = {"by": "student_nll", "mode": "highest", "share": 0.9, "domains": domains}
+    with pytest.raises(KdlibError, match=message):
+        make(profile, objective="ce", selection=selection)
+
+
+@pytest.mark.parametrize(
+    ("by", "objective"), [("student_nll", "ce"), ("teacher_nll", "kd"), ("student_nll", "online_kd")]
+)
+def test_a_weighted_student_reads_all_of_the_text_and_learns_most_of_what_scores_high(profile, by, objective):
+    temperature = 0.25
+    changes = {"objective": objective, "epochs": 4, "batch_size": 4}
+    selection = {"by": by, "mode": "weighted", "temperature": temperature}
+    kept, found, train = kept_documents(profile, **changes, selection=selection)
+    assert kept is None and len(found) == len(train.tokens)
+    scorer = make(profile, "02_teacher") if by == "teacher_nll" else make(profile, objective="ce", seed=1)
+    log_p, used = dense_log_probs(producers.load_model(scorer), train, block_length=32), predicting(train)
+    values = np.zeros(len(train.tokens))
+    values[used] = -log_p[used, train.tokens[used + 1].astype(np.int64)].numpy()
+    scores, own = mean_by_document(train, values), mean_by_document(train, found)
+    assert found[used].mean() == pytest.approx(1, abs=1e-12)
+    # The cache rounds each nat to a byte.
+    slack = 1e-3 if by == "student_nll" else 0.05
+    assert np.ptp(temperature * np.log(own) - scores) < slack < 0.1 * np.ptp(scores)
+    run, plain = make(profile, **changes, selection=selection), make(profile, **changes)
+    assert run.metrics["training"]["tokens"] == plain.metrics["training"]["tokens"]
+    one, other = (student.metrics["domains"]["test"] for student in (run, plain))
+    assert one["many"]["nll"] < other["many"]["nll"] and one["few"]["nll"] > other["few"]["nll"]
 
 
 # Feature losses
@@ -371,8 +429,8 @@ def test_students_whose_attention_maps_are_compared_compute_them(profile, monkey
 
 def test_the_angle_of_dense_targets_is_0_and_that_of_draws_falls_with_their_number(profile, monkeypatch):
     seen = []
-    measure = fidelity.gradient_angle
-    monkeypatch.setattr(fidelity, "gradient_angle", lambda *given: seen.append(given[-1]) or measure(*given))
+    measure = fidelity.gradient_angles
+    monkeypatch.setattr(fidelity, "gradient_angles", lambda *given: seen.append(given[-1]) or measure(*given))
     found = {
         name: make(profile, "06_fidelity", student={"objective": "kd", "kd_weight": 1.0, "targets": targets}).metrics
         for name, targets in {
@@ -537,6 +595,8 @@ def test_a_student_in_stages_is_made_by_its_producer(profile):
 
 # What is refused
 
+WEIGHTED = {"by": "student_nll", "mode": "weighted", "temperature": 0.5}
+
 
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -567,7 +627,7 @@ def test_a_student_in_stages_is_made_by_its_producer(profile):
         ),
         ({"objective": "kd", "text": "uniform"}, "text 'uniform' is made in the run.*use ce or online_kd"),
         (
-            {"objective": "ce", "text": "uniform", "selection": {"by": "student_nll", "mode": "random", "share": 0.5}},
+            {"objective": "ce", "text": "uniform", "selection": {"mode": "random", "share": 0.5}},
             "cached targets and selection do not know it",
         ),
         (
@@ -592,6 +652,29 @@ def test_a_student_in_stages_is_made_by_its_producer(profile):
         ({"feature_weight": 0}, "feature_weight.*greater than 0"),
         ({"selection": {"by": "teacher_entropy", "mode": "highest", "share": 0}}, "selection.share.*greater than 0"),
         ({"selection": {"by": "entropy", "mode": "highest", "share": 0.5}}, "selection.by.*'teacher_entropy'"),
+        ({"selection": {"mode": "random", "share": 1}}, "selection.share.*less than 1"),
+        ({"selection": {"mode": "middle", "share": 0.5}}, "mode=middle needs by; found None"),
+        (
+            {"selection": {"by": "student_nll", "mode": "random", "share": 0.5}},
+            "mode=random does not read by; found stu",
+        ),
+        ({"selection": {"by": "student_nll", "mode": "lowest"}}, "mode=lowest needs share; found None"),
+        ({"selection": {"mode": "random", "share": 0.5, "temperature": 1}}, "mode=random does not read temperature"),
+        ({"selection": WEIGHTED | {"temperature": None}}, "mode=weighted needs temperature; found None"),
+        ({"selection": WEIGHTED | {"by": None}}, "mode=weighted needs by; found None"),
+        ({"selection": WEIGHTED | {"share": 0.5}}, "mode=weighted does not read share; found 0.5"),
+        ({"selection": WEIGHTED | {"domains": {"speeches": 1}}}, "mode=weighted keeps all .*leave out domains"),
+        ({"selection": WEIGHTED | {"temperature": 0}}, "selection.temperature.*greater than 0"),
+        ({"selection": {"mode": "random", "share": 0.5, "domains": {}}}, "selection.domains.*at least 1 item"),
+        ({"selection": {"mode": "random", "share": 0.5, "domains": {"a": 0}}}, "selection.domains.a.*greater than 0"),
+        (
+            {"objective": "online_kd", "feature": "relation", "selection": WEIGHTED},
+            "feature losses are not weighted; leave out selection or feature relation",
+        ),
+        (
+            {"objective": "online_kd", "divergence": "sinkhorn", "selection": WEIGHTED},
+            "divergence sinkhorn compares tokens in groups.*leave out selection, or choose another divergence",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused_with_what_was_expected(changes, message):
@@ -608,11 +691,11 @@ def test_a_divergence_that_its_targets_cannot_serve_is_refused_in_the_plan():
 
 
 def test_profiles_name_the_divergences_and_options_that_there_are():
-    names = ("forward_kl", *profiles.ON_OUTCOMES, *profiles.ON_LOGITS)
+    names = ("forward_kl", *parameters.ON_OUTCOMES, *parameters.ON_LOGITS)
     assert set(names) == set(DIVERGENCES) and len(names) == len(DIVERGENCES)
     for name, loss in DIVERGENCES.items():
         arguments = loss.__code__.co_varnames[3 : loss.__code__.co_argcount]
-        assert profiles.OPTIONS.get(name, ()) == arguments
+        assert parameters.OPTIONS.get(name, ()) == arguments
         numbers = {option: 4 if option in ("group", "iterations") else 0.25 for option in arguments}
         found = profiles.parameters("04_student", "smoke", divergence=name, divergence_options=numbers)
         assert [type(value) for value in found.divergence_options.values()] == [type(one) for one in numbers.values()]
@@ -631,6 +714,19 @@ KD = CE | {"objective": "kd", "kd_weight": 0.9, "temperature": 1.0, "teacher": "
 @pytest.mark.parametrize("identity", [CE, KD], ids=["ce", "kd"])
 def test_settings_that_came_later_leave_the_identity_of_a_run_as_it_was(identity):
     assert profiles.parameters("04_student", "smoke", objective=identity["objective"]).identity() == identity
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        {"by": "teacher_entropy", "mode": "highest", "share": 0.4},
+        {"mode": "random", "share": 0.4},
+        {"mode": "random", "share": 0.4, "domains": {"speeches": 1.0}},
+        WEIGHTED,
+    ],
+)
+def test_the_identity_of_a_selection_is_what_was_asked_for(selection):
+    assert profiles.parameters("04_student", "smoke", selection=selection).identity()["selection"] == selection
 
 
 LINEAR = {"shape": "linear", "start": 1.0, "end": 0.5}
@@ -666,6 +762,8 @@ def test_cross_entropy_has_no_identity_of_what_only_distillation_reads():
         ({"objective": "ce"}, {"noise": 0.1}, False),
         ({"objective": "ce"}, {"text": "unigram"}, False),
         ({"objective": "ce"}, {"selection": {"by": "student_nll", "mode": "lowest", "share": 0.5}}, False),
+        ({"objective": "ce", "selection": WEIGHTED}, {"selection": WEIGHTED | {"temperature": 1.0}}, False),
+        ({"objective": "online_kd", "selection": WEIGHTED}, {"divergence": "jsd"}, False),
         ({"objective": "ce"}, {"stages": [{"share": 1, "learning_rate_multipliers": {}}]}, False),
     ],
 )

@@ -30,7 +30,7 @@ from kdlib.cache import Kind, ModelTeacher, TargetCache, write_targets
 from kdlib.corpus import load_split, pack, save_split
 from kdlib.errors import KdlibError
 from kdlib.losses import SparseTargets, fused
-from kdlib.profiles import TrainingParameters
+from kdlib.parameters import TrainingParameters
 from kdlib.training import Collator, DistillationTrainer, newest_checkpoint, parameter_groups, read_log, steps
 
 DEFAULTS = {
@@ -154,9 +154,11 @@ def test_every_row_comes_once_an_epoch_in_another_order_each_time(tmp_path):
 # The objective
 
 
-def test_batch_size_and_accumulation_of_one_product_give_the_same_weights(tmp_path):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_batch_size_and_accumulation_of_one_product_give_the_same_weights(tmp_path, weighted):
     """Rows hold unequal numbers of tokens, so a mean over micro-batches would weigh them differently."""
     split = make_split(documents=20)
+    options = {"kd_weight": 0.7, "weights": token_weights(split) if weighted else None}
     index = loose(split)[:24]
     assert len(set((index >= 0).sum(1))) > 8
     found = []
@@ -164,7 +166,7 @@ def test_batch_size_and_accumulation_of_one_product_give_the_same_weights(tmp_pa
         values = settings(batch_size=batch_size, gradient_accumulation=accumulation)
         targets = cache_of(tmp_path / f"targets-{number}", make_model(1), split)
         trainer = DistillationTrainer(
-            make_model(0).double(), values, split, index, tmp_path / str(number), targets=targets, kd_weight=0.7
+            make_model(0).double(), values, split, index, tmp_path / str(number), targets=targets, **options
         )
         trainer.fit()
         found.append((weights(trainer.model), [column(trainer, name) for name in ("loss", "ce", "kd", "tokens")]))
@@ -173,6 +175,54 @@ def test_batch_size_and_accumulation_of_one_product_give_the_same_weights(tmp_pa
         assert distance(found[0][0], other) < 1e-6 * distance(found[0][0], weights(make_model(0).double()))
         assert log == found[0][1]
     assert len(log[0]) == 6
+
+
+def token_weights(split):
+    """A number of mean 1 at each flat position, 0 at some of them."""
+    found = np.maximum(0, np.random.default_rng(5).normal(1, 1, len(split.tokens)))
+    return found / found.mean()
+
+
+def test_weights_of_a_shuffled_batch_are_those_of_its_labels():
+    split = make_split(documents=20)
+    index, values = loose(split), token_weights(split)
+    rows = [index[number] for number in np.random.default_rng(0).permutation(len(index))[:7]]
+    batch, where = Collator(split, weights=values)(rows), np.stack(rows)
+    assert batch["weights"].shape == batch["labels"].shape and batch["weights"].dtype == torch.float32
+    assert (where < 0).any()
+    for position, weight in zip(where.flatten(), batch["weights"].flatten().tolist(), strict=True):
+        assert weight == (np.float32(values[position]) if position >= 0 else 0)
+    assert "weights" not in Collator(split)(rows)
+    with pytest.raises(KdlibError, match=f"at each of the {len(values)} positions of the split 'train'; found 3"):
+        Collator(split, weights=values[:3])
+
+
+def test_training_weighs_each_token_and_validation_none(tmp_path):
+    split, model, teacher = make_split(documents=20), make_model(0), make_model(1)
+    values = token_weights(split)
+    index = pack(split.windows(BLOCK), BLOCK)
+    where = index[:4][index[:4] >= 0]
+    label = torch.from_numpy(split.tokens[where + 1].astype(np.int64))[:, None]
+    log_s, log_t = (dense_log_probs(one, split)[where] for one in (model, teacher))
+    ce, kd = -log_s.gather(1, label)[:, 0], (log_t.exp() * (log_t - log_s)).sum(1)
+    expected = (torch.from_numpy(values[where]) * (0.7 * kd + 0.3 * ce)).sum() / len(where)
+    trainer, plain = (
+        make_trainer(tmp_path / name, model, split, teacher=teacher, kd_weight=0.7, weights=given)
+        for name, given in (("weighted", values), ("plain", None))
+    )
+    loss = trainer.compute_loss(model, trainer.data_collator(list(index[:4])))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert trainer.evaluate() == plain.evaluate()
+
+
+def test_weights_of_1_train_alike_bit_for_bit_and_others_do_not(tmp_path):
+    split = make_split(documents=20)
+    ones = np.ones(len(split.tokens))
+    plain, alike, other = (
+        trained(tmp_path / name, split=split, weights=given)[0]
+        for name, given in (("plain", None), ("alike", ones), ("other", token_weights(split)))
+    )
+    assert same(plain, alike) and distance(plain, other) > 0.1 * distance(plain, weights(make_model(0)))
 
 
 def test_weight_zero_is_cross_entropy_bit_for_bit(tmp_path):

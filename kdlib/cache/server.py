@@ -100,6 +100,19 @@ class CompletionServer:
         # A session without an `auth` of its own would send what ~/.netrc holds for the host.
         self._session.auth = _authorize
 
+    def require_model(self) -> None:
+        """Ask which models there are.
+
+        Raises:
+            KdlibError: no answer, or a model that is not served.
+        """
+        offered = [name for entry in _get(self._ask("models"), "data", list) for name in _names(entry)]
+        if self.model not in offered:
+            raise self._error(
+                f"does not offer the model {self.model!r}; it offers "
+                f"{', '.join(map(repr, dict.fromkeys(offered))) or 'none'}. Name one of these."
+            )
+
     def check(self) -> None:
         """Ask for a few positions, before anything that takes long depends on the server.
 
@@ -111,12 +124,7 @@ class CompletionServer:
             KdlibError: no answer, a model that is not served, or answers that cannot be used (see
                 :meth:`top_log_probabilities`).
         """
-        offered = [name for entry in _get(self._ask("models"), "data", list) for name in _names(entry)]
-        if self.model not in offered:
-            raise self._error(
-                f"does not offer the model {self.model!r}; it offers "
-                f"{', '.join(map(repr, dict.fromkeys(offered))) or 'none'}. Name one of these."
-            )
+        self.require_model()
         probe = np.arange(1, 9) * self.vocabulary // 10
         ids, log_probabilities = self._window(probe)
         for last in (2, 5):

@@ -28,8 +28,8 @@ class LossParts(NamedTuple):
 
     Attributes:
         loss: scalar to call backward on, already divided by the normaliser.
-        ce: sum over tokens of -log s(label), nats, detached.
-        kd: sum over tokens of tau^2 * KL(t || s), nats, detached; None without targets.
+        ce: sum over tokens of -log s(label), each times the token's weight if it has one, nats, detached.
+        kd: sum over tokens of tau^2 * KL(t || s), weighted likewise, nats, detached; None without targets.
         tokens: number of tokens with a label.
     """
 
@@ -53,6 +53,7 @@ def linear_distillation_loss(
     compiled: bool = False,
     divergence: str = "forward_kl",
     options: dict | None = None,
+    token_weights: Tensor | None = None,
 ) -> LossParts:
     """w * tau^2 * KL(t || s) + (1 - w) * CE, s = softmax(hidden @ weight.T + bias), summed over tokens / normaliser.
 
@@ -73,18 +74,23 @@ def linear_distillation_loss(
         chunk_tokens: tokens whose logits exist at a time; default a size that suits the device.
         compiled: whether the softmax of a chunk is compiled; it is faster and equal to rounding.
         divergence, options: name and further arguments of one of :data:`kdlib.losses.divergences.DIVERGENCES`.
+        token_weights: [T], finite, 0 or more: a token's whole loss, CE and KD, is multiplied by its weight. The normaliser
+            stays a number of tokens, so weights of mean 1 leave the size of the loss as it was. They get no gradient.
 
     Raises:
         KdlibError: sparse targets kept at another temperature or that cannot serve the divergence, a weight outside 0..1,
-            a weight without targets, or an unknown divergence or option.
+            a weight without targets, an unknown divergence or option, weights that are none, or any of them with a
+            divergence on groups of tokens, where a token's loss depends on who else is in its group.
     """
     found = {"hidden": len(hidden), "labels": len(labels)}
     if targets is not None:
         found["targets"] = len(targets)
+    if token_weights is not None:
+        found["token_weights"] = len(token_weights)
     if hidden.ndim != 2 or len(set(found.values())) > 1:
         raise KdlibError(
-            f"hidden [T, D], labels [T] and targets must describe the same T tokens, row for row; found {found} rows and "
-            f"hidden of shape {tuple(hidden.shape)}. Flatten a batch [B, T, D] first."
+            f"hidden [T, D], labels [T], targets and token_weights must describe the same T tokens, row for row; found "
+            f"{found} rows and hidden of shape {tuple(hidden.shape)}. Flatten a batch [B, T, D] first."
         )
     if not temperature > 0:
         raise KdlibError(f"The temperature must be above 0; found {temperature}.")
@@ -100,13 +106,19 @@ def linear_distillation_loss(
             f"{targets.temperature}."
         )
     rows = (labels != IGNORED).nonzero().squeeze(-1)
+    tokens = len(rows)
+    if token_weights is not None:
+        _check_token_weights(token_weights, divergence)
+        # What counts for nothing need not be computed, and 0 * inf would be NaN.
+        rows = rows[token_weights[rows] > 0]
+        token_weights = token_weights[rows]
     if kd_weight == 0:
         targets = None
     elif targets is not None:
         targets = targets[rows]
     if chunk_tokens is None:
         chunk_tokens = max(1, CHUNK_ELEMENTS.get(hidden.device.type, 2**24) // weight.shape[0])
-    scale = 1.0 / (normaliser if normaliser is not None else max(1, len(rows)))
+    scale = 1.0 / (normaliser if normaliser is not None else max(1, tokens))
     dtype = matmul_dtype or hidden.dtype
     options, defaults = options or {}, _defaults(divergence)
     if not options.keys() <= defaults.keys():
@@ -121,9 +133,22 @@ def linear_distillation_loss(
         chunk_tokens = max(group, chunk_tokens // group * group)
         term = partial(_by_autograd, temperature=temperature, divergence=divergence, options=options)
     loss, ce, kd = _LinearDistillation.apply(
-        hidden[rows], weight, bias, labels[rows], targets, kd_weight, scale, dtype, chunk_tokens, term
+        hidden[rows], weight, bias, labels[rows], targets, token_weights, kd_weight, scale, dtype, chunk_tokens, term
     )
-    return LossParts(loss, ce, kd if targets is not None else None, len(rows))
+    return LossParts(loss, ce, kd if targets is not None else None, tokens)
+
+
+def _check_token_weights(token_weights: Tensor, divergence: str) -> None:
+    if "group" in _defaults(divergence):
+        raise KdlibError(
+            f"{divergence} compares tokens within groups, so no single token has a loss of its own to weight; found "
+            "token_weights. Leave them out, or choose a divergence between the distributions of one token."
+        )
+    if token_weights.ndim != 1 or not ((token_weights >= 0) & token_weights.isfinite()).all():
+        raise KdlibError(
+            "token_weights must be a finite number, 0 or more, for each token, [T]; found shape "
+            f"{tuple(token_weights.shape)} and values such as {token_weights.min()} and {token_weights.max()}."
+        )
 
 
 @cache
@@ -136,7 +161,7 @@ def _defaults(divergence: str) -> dict[str, float]:
 
 class _LinearDistillation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, targets, kd_weight, scale, dtype, chunk_tokens, term):
+    def forward(ctx, hidden, weight, bias, labels, targets, token_weights, kd_weight, scale, dtype, chunk_tokens, term):
         exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         w = weight.to(dtype)
         b = None if bias is None else bias.to(dtype)
@@ -160,8 +185,12 @@ class _LinearDistillation(torch.autograd.Function):
                     logits.copy_(low)
                 part = None if targets is None else targets[rows]
                 grad, chunk_ce, chunk_kd = term(logits, labels[rows, None], part, kd_weight)
-                ce += chunk_ce
-                kd += chunk_kd
+                if token_weights is not None:
+                    each = token_weights[rows].to(exact)
+                    grad.mul_(each[:, None])
+                    chunk_ce, chunk_kd = chunk_ce * each, chunk_kd * each
+                ce += chunk_ce.sum()
+                kd += chunk_kd.sum()
                 if wants_bias:
                     grad_bias += grad.sum(0)
                 g = grad if dtype == exact else low.copy_(grad)
@@ -193,7 +222,7 @@ class _LinearDistillation(torch.autograd.Function):
             )
         return *(None if g is None else g * (grad_loss * ctx.scale).to(g.dtype) for g in ctx.saved_tensors), *(
             None,
-        ) * 7
+        ) * 8
 
 
 def _softmax_(logits: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,20 +248,20 @@ def _compiled_softmax_():
 def _forward_kl(
     logits: Tensor, label: Tensor, targets, kd_weight: float, temperature: float, softmax_
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of the summed loss with respect to ``logits`` [C, V], which it overwrites, and the sums of CE and KD.
+    """Gradients of the tokens' losses with respect to ``logits`` [C, V], which they overwrite, and each one's CE and KD [C].
 
     Args:
         label: [C, 1].
     """
     if targets is None:
-        return *_cross_entropy(logits, label, 1.0, softmax_), logits.new_zeros(())
+        return *_cross_entropy(logits, label, 1.0, softmax_), logits.new_zeros(len(logits))
     # d(tau^2 KL)/dz = tau * (s - t): one tau cancels against the derivative of z / tau.
     step, ce_weight = kd_weight * temperature, 1 - kd_weight
     pull = _pull_sparse if isinstance(targets, SparseTargets) else _pull_dense
     if temperature == 1:
         # Both terms pull on the same softmax, so one pass serves both.
         log_s, kd = pull(logits, label, targets, temperature, step, ce_weight, softmax_)
-        return logits.scatter_add_(1, label, logits.new_full(label.shape, -ce_weight)), -log_s.sum(), kd
+        return logits.scatter_add_(1, label, logits.new_full(label.shape, -ce_weight)), -log_s, kd
     tempered = logits / temperature
     grad, ce = _cross_entropy(logits, label, ce_weight, softmax_)
     _, kd = pull(tempered, label, targets, temperature, step, 0.0, softmax_)
@@ -247,17 +276,17 @@ def _by_autograd(
         targets = torch.nn.functional.linear(targets.hidden, targets.weight, targets.bias)
     leaf = logits.clone().requires_grad_()
     with torch.enable_grad():
-        kd = divergence_loss(divergence, leaf, targets, temperature, **options).sum()
-    (pull,) = torch.autograd.grad(kd, leaf)
+        kd = divergence_loss(divergence, leaf, targets, temperature, **options)
+        (pull,) = torch.autograd.grad(kd.sum(), leaf)
     grad, ce = _cross_entropy(logits, label, 1 - kd_weight, _softmax_)
     return grad.add_(pull, alpha=kd_weight), ce, kd.detach()
 
 
 def _cross_entropy(logits: Tensor, label: Tensor, weight: float, softmax_) -> tuple[Tensor, Tensor]:
-    """weight * (s - onehot(label)), in the place of ``logits``, and the summed cross-entropy."""
+    """weight * (s - onehot(label)), in the place of ``logits``, and the cross-entropy [C]."""
     picked = logits.gather(1, label)
     largest, log_sum = softmax_(logits, logits.new_full(label.shape, weight))
-    ce = -(picked - largest - log_sum).sum()
+    ce = -(picked - largest - log_sum).squeeze(1)
     return logits.scatter_add_(1, label, logits.new_full(label.shape, -weight)), ce
 
 
@@ -266,7 +295,7 @@ def _pull_sparse(
 ) -> tuple[Tensor, Tensor]:
     """Overwrites ``logits`` (already divided by the temperature) by (step * mass + shared) * s - step * target.
 
-    Returns log s at the labels, and the summed KL.
+    Returns log s at the labels [C], and the KL [C].
     """
     weights = targets.weights.to(logits.dtype)
     mass = weights.sum(1, keepdim=True)
@@ -282,13 +311,13 @@ def _pull_sparse(
     largest, log_sum = softmax_(logits, step * mass + shared)
     log_s = picked - largest - log_sum
     # Where there is no mass the student may have none either, and 0 * -inf would be NaN.
-    kl = -torch.where(weights > 0, weights * log_s[:, 1:], 0).sum() - targets.entropy.sum().to(logits.dtype)
+    kl = -torch.where(weights > 0, weights * log_s[:, 1:], 0).sum(1) - targets.entropy.to(logits.dtype)
     logits.scatter_add_(1, targets.ids, -step * weights)
     if targets.tail is not None:
         log_rest = (rest_largest - largest) + (rest_log_sum - log_sum)
-        kl = kl - torch.where(tail > 0, tail * log_rest, 0).sum()
+        kl = kl - torch.where(tail > 0, tail * log_rest, 0).squeeze(1)
         logits.sub_(rest)
-    return log_s[:, :1], kl
+    return log_s[:, 0], kl
 
 
 def _pull_dense(
@@ -298,8 +327,8 @@ def _pull_dense(
     teacher = torch.nn.functional.linear(targets.hidden, targets.weight, targets.bias).to(logits.dtype)
     log_t = torch.log_softmax(teacher / temperature, dim=-1)
     log_s = torch.log_softmax(logits, dim=-1)
-    picked = log_s.gather(1, label)
+    picked = log_s.gather(1, label).squeeze(1)
     t = log_t.exp()
-    kl = torch.where(log_t.isneginf(), 0, t * (log_t - log_s)).sum()
+    kl = torch.where(log_t.isneginf(), 0, t * (log_t - log_s)).sum(1)
     torch.exp(log_s, out=logits).mul_(step + shared).sub_(t, alpha=step)
     return picked, kl

@@ -1,0 +1,349 @@
+"""Grids of students: chosen on validation text, compared in families, told in the paper only where they were made."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import synthetic_results
+import yaml
+
+from kdlib import comparison, paper, report, runs, statistics, studies
+from kdlib.errors import KdlibError
+from kdlib.profiles import REPOSITORY
+
+LINEAR = {"shape": "linear", "start": 0.0, "end": 1.0}
+GRIDS = {
+    "targets": {"seeds": [1, 2], "students": {"all": {"targets": {"kind": "dense"}}, "8 draws, ρ = 0.5": {"targets": {"draws": 8, "proposal": 0.5}}}},
+    "weights": {
+        "seeds": [1, 2],
+        "students": {"CE": {"objective": "ce", "batch_size": 8}, "CE to KD, linear": {"kd_weight_schedule": LINEAR}},
+        "vary": {"kd_weight": [0.5, 1.0], "temperature": [1.0, 2.0]},
+    },
+    "losses": {
+        "seeds": [1, 2],
+        "base": {"targets": {"kind": "dense"}},
+        "students": {"forward KL": {}, "total variation": {"divergence": "tvd"}, "JSD, β = 0.5": {"divergence": "jsd"}},
+    },
+    "features": {
+        "seeds": [1, 2],
+        "base": {"objective": "online_kd"},
+        "students": {"logits": {}, "attention_maps": {"feature": "attention_mse"}},
+    },
+    "initialisation": {
+        "seeds": [1, 2],
+        "base": {"batch_size": 4},
+        "students": {"from scratch": {}, "identical": {"initialisation": "identical", "layers": 2}},
+    },
+    "data": {
+        "seeds": [1, 2],
+        "base": {"objective": "online_kd", "batch_size": 8},
+        "students": {"real text": {}, "random tokens": {"text": "uniform"}, "50 % & more": {"text": "teacher"}},
+    },
+}  # fmt: skip
+
+BEST_ON_VALIDATION = "kd_weight 0.5, temperature 2.0"
+
+
+def metrics(run, **splits) -> None:
+    """Give a run other losses per token."""
+    found = run.metrics
+    for split, nll in splits.items():
+        found["evaluation"][split]["nll"] = nll
+    runs.write_json(run.path / "metrics.json", found)
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory) -> str:
+    """A variant of the smoke profile that has every grid."""
+    values = yaml.safe_load((REPOSITORY / "profiles" / "smoke.yaml").read_text())
+    path = tmp_path_factory.mktemp("profile") / "grids.yaml"
+    study = {**values["study"], "grids": GRIDS}
+    path.write_text(yaml.safe_dump({**values, "name": "grids", "study": study}, sort_keys=False))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def invented(profile, tmp_path_factory):
+    """A results home with invented runs for the comparison and every grid, where validation and test text disagree."""
+    folder = tmp_path_factory.mktemp("grids")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDLIB_HOME", str(folder))
+        synthetic_results.write(profile, grids=GRIDS)
+        for run in runs.cells(profile, "weights")[BEST_ON_VALIDATION]:
+            metrics(run, validation=1.0, test=9.0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def printed(profile, invented):
+    """What the analyses print when all of them have read the invented results, in one process without kernels."""
+    code = []
+    for name in report.ANALYSES:
+        notebook = nbformat.read(REPOSITORY / "notebooks" / f"{name}.ipynb", as_version=4)
+        cells = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+        code.append(cells.replace('profile = "smoke"\nresamples = 1000', f"profile = {profile!r}\nresamples = 200"))
+    program = "import sys\n" + "".join(f"exec({one!r}, {{}})\n" for one in code) + 'assert "torch" not in sys.modules'
+    environment = {**os.environ, "KDLIB_HOME": str(invented), "MPLBACKEND": "agg"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture
+def home(invented, monkeypatch):
+    """The invented results, for reading only."""
+    monkeypatch.setenv("KDLIB_HOME", str(invented))
+    return invented
+
+
+@pytest.fixture
+def fresh(invented, tmp_path, monkeypatch):
+    """The runs and their plan, to change."""
+    source, target = (folder / "results" / "grids" for folder in (invented, tmp_path))
+    shutil.copytree(source / "runs", target / "runs")
+    shutil.copy(source / "plan.json", target)
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
+    return target
+
+
+@pytest.fixture
+def analysed_copy(home, printed, tmp_path, monkeypatch):
+    """Results and figures of every analysis, to change."""
+    for name in ("results", "figures"):
+        shutil.copytree(home / name, tmp_path / name)
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
+    return tmp_path
+
+
+# Tables
+
+
+def test_students_are_told_cell_by_cell_as_their_runs_measured_them(profile, home):
+    table = studies.students(profile, "losses")
+    assert list(table.cell) == [cell for cell in GRIDS["losses"]["students"] for _ in range(2)]
+    assert list(table.seed) == [1, 2] * 3
+    row, found = table.iloc[3], table.run.iloc[3].metrics
+    test = found["evaluation"]["test"]
+    assert [row[name] for name in studies.ON_TEST] == [test[name] for name in studies.ON_TEST]
+    assert (row.validation_nll, row.ood_nll) == tuple(
+        found["evaluation"][split]["nll"] for split in ("validation", "ood")
+    )
+    assert (row.parameters, row.non_embedding) == (found["parameters"]["total"], found["parameters"]["non_embedding"])
+    assert (row.tokens, row.flops) == (found["training"]["tokens"], found["training"]["flops"])
+
+
+def test_a_teacher_in_the_loop_is_paid_by_its_student_and_cached_targets_apart(profile, home):
+    online, cached = studies.students(profile, "features").iloc[0], studies.students(profile, "losses").iloc[0]
+    training = online.run.metrics["training"]
+    assert online.flops == training["flops"] + training["teacher_flops"] > training["flops"] == cached.flops
+    targets = runs.find(profile, cached.run.settings["inputs"]["targets"]).metrics["flops"]
+    assert (online.target_flops, cached.target_flops) == (0, targets) and targets > 0
+
+
+def test_redrawn_targets_cost_what_the_dense_ones_did(profile, fresh):
+    row = studies.students(profile, "losses").iloc[0]
+    dense = runs.find(profile, row.run.settings["inputs"]["targets"])
+    drawn = dense.path.with_name("targets-000000000000")
+    shutil.copytree(dense.path, drawn)
+    runs.write_json(drawn / "metrics.json", dense.metrics | {"flops": 0})
+    runs.write_json(
+        drawn / "settings.json", dense.settings | {"inputs": {**dense.settings["inputs"], "dense": dense.id}}
+    )
+    settings = row.run.settings
+    settings["inputs"]["targets"] = drawn.name
+    runs.write_json(row.run.path / "settings.json", settings)
+    assert studies.students(profile, "losses").target_flops[0] == dense.metrics["flops"]
+
+
+def test_settings_are_those_that_the_run_reads(profile, home):
+    table = studies.students(profile, "weights").drop_duplicates("cell")
+    found = dict(zip(table.cell, studies.setting(table, "kd_weight", "none"), strict=True))
+    assert found["CE"] == found["CE to KD, linear"] == "none" and found["kd_weight 0.5, temperature 2.0"] == 0.5
+    assert studies.setting(table, "temperature")[0] is None
+
+
+def test_means_keep_the_order_of_the_grid_and_count_runs(profile, home):
+    table = studies.students(profile, "weights")
+    means = studies.means(table)
+    assert list(means.cell) == list(table.cell.unique()) and set(means.runs) == {2}
+    one = table[table.cell == "CE"].nll
+    np.testing.assert_allclose(means.nll[0], one.mean(), rtol=1e-12)
+    np.testing.assert_allclose(means.seed_standard_error[0], statistics.mean_interval(one).standard_error, rtol=1e-12)
+    alone = studies.means(table[table.seed == 1])
+    assert alone.seed_standard_error.isna().all() and set(alone.runs) == {1}
+
+
+def test_fidelity_is_told_by_the_cells_of_the_profile(profile, home):
+    means = studies.means(studies.target_runs(profile))
+    assert list(means.cell) == list(GRIDS["targets"]["students"]) and list(means.kind) == ["dense", "importance"]
+
+
+def test_the_teacher_of_a_grid_is_the_one_its_students_learn_from(profile, home):
+    table = studies.students(profile, "initialisation")
+    started = table.run.iloc[-1].settings["inputs"]["teacher"]
+    assert studies.teacher(profile, table).id == started
+    taught = table[table.cell == "from scratch"]
+    assert "teacher" not in taught.run[0].settings["inputs"], "knows it through its targets alone"
+    assert studies.teacher(profile, taught).id == started
+    ce = studies.students(profile, "weights").query("cell == 'CE'")
+    with pytest.raises(KdlibError, match="those of CE have 0"):
+        studies.teacher(profile, ce)
+
+
+# Choosing
+
+
+def test_the_best_cell_is_chosen_on_validation_text_alone(profile, fresh):
+    table = studies.students(profile, "weights")
+    constants = [cell for cell in table.cell.unique() if cell.startswith("kd_weight")]
+    for row in table.itertuples():
+        metrics(
+            row.run,
+            validation=4.0 + 0.1 * (row.cell != constants[2]),
+            test=1.0 + 4.0 * (row.cell == constants[2]),
+            ood=1.0,
+        )
+    after = studies.students(profile, "weights")
+    assert studies.best(after) == studies.best(after, constants) == constants[2]
+    assert after.groupby("cell").nll.mean().idxmax() == constants[2], "the worst on test"
+    assert studies.best(after, constants[:2]) in constants[:2]
+
+
+def test_a_mean_chooses_not_a_lucky_seed(profile, fresh):
+    table = studies.students(profile, "weights")
+    for row in table.itertuples():
+        lucky = 3.0 if (row.cell, row.seed) == ("CE", 1) else 5.0
+        metrics(row.run, validation=4.5 if row.cell == "CE to KD, linear" else lucky if row.seed == 1 else 6.5)
+    assert studies.best(studies.students(profile, "weights")) == "CE to KD, linear"
+
+
+def test_nothing_to_choose_from_is_told(profile, home):
+    with pytest.raises(KdlibError, match="the grid holds forward KL, total variation"):
+        studies.best(studies.students(profile, "losses"), ["reverse KL"])
+
+
+# Comparing
+
+
+def test_differences_are_one_family_with_sentences_that_name_the_cells(profile, home):
+    table = studies.students(profile, "losses")
+    pairs = studies.against(table, "forward KL")
+    assert pairs == [("total variation", "forward KL"), ("JSD, β = 0.5", "forward KL")]
+    found = studies.differences(table, pairs, 500)
+    assert found[["a", "b", "split"]].to_numpy().tolist() == [
+        [a, b, split] for a, b in pairs for split in ("test", "ood")
+    ]
+    nll = table.groupby("cell").nll.mean()
+    np.testing.assert_allclose(found.difference[0], nll["total variation"] - nll["forward KL"], rtol=1e-9)
+    assert all("the student with forward KL" in one.lower().replace("kl", "KL") for one in found.sentence)
+    assert "student with total variation" in found.sentence[0] and "on test text" in found.sentence[0]
+    runs_of = {cell: list(group.run) for cell, group in table.groupby("cell")}
+    family = [comparison.Pair(a, b, runs_of[a], runs_of[b], paired=False) for a, b in pairs]
+    each = [comparison.difference(pair, split, 500)[0].p_value for pair in family for split in ("test", "ood")]
+    np.testing.assert_allclose(found.p_value, statistics.holm(each), rtol=1e-12)
+    named = studies.differences(table, pairs[:1], 500, "student “{}”")
+    assert "student “forward KL”" in named.sentence[0] and list(named.a) == ["total variation"] * 2
+
+
+def test_one_cell_is_nothing_to_compare(profile, home):
+    table = studies.students(profile, "losses").query("cell == 'forward KL'")
+    with pytest.raises(KdlibError, match="two cells or more; its grid holds forward KL"):
+        studies.differences(table, studies.against(table, "forward KL"), 200)
+
+
+def test_a_grid_that_was_not_made_is_told_with_the_command_that_makes_it(profile, fresh):
+    plan = json.loads((fresh / "plan.json").read_text())
+    plan["grids"].pop("losses")
+    runs.write_json(fresh / "plan.json", plan)
+    with pytest.raises(KdlibError, match="no grid 'losses'.*make paper PROFILE=.*grids.* GRIDS=losses"):
+        studies.students(profile, "losses")
+
+
+def test_a_missing_student_is_named(profile, fresh):
+    shutil.rmtree(studies.students(profile, "data").run[0].path)
+    with pytest.raises(KdlibError, match="data: real text, seed 1"):
+        studies.students(profile, "data")
+
+
+# Notebooks and paper
+
+
+@pytest.mark.slow
+def test_every_study_writes_what_is_listed(home, printed):
+    for name, (tables, pictures) in report.ANALYSES.items():
+        files = [home / "results" / "grids" / f"{stem}.csv" for stem in tables]
+        files += [home / "figures" / "grids" / f"{stem}.{kind}" for stem in pictures for kind in ("pdf", "png")]
+        files += [home / "results" / "grids" / "numbers" / f"{name}.json"]
+        assert [path.name for path in files if not path.is_file()] == []
+
+
+@pytest.mark.slow
+def test_a_study_ends_with_its_findings(home, printed):
+    for stem in [f"{report.ANALYSES[name][0][0]}_differences" for name in report.GRIDS]:
+        for sentence in pd.read_csv(home / "results" / "grids" / f"{stem}.csv").sentence:
+            assert sentence in printed
+    assert len(re.findall(r"The student “.*” reaches \d+\.\d% of the teacher's accuracy", printed)) == 2
+
+
+@pytest.mark.slow
+def test_weights_are_compared_with_the_constant_that_validation_chose(home, printed):
+    results = home / "results" / "grids"
+    means, told = pd.read_csv(results / "kd_weight.csv"), pd.read_csv(results / "kd_weight_differences.csv")
+    assert list(means.cell[means.chosen == "yes"]) == [BEST_ON_VALIDATION]
+    assert means.cell[means.nll.idxmax()] == BEST_ON_VALIDATION, "test text had no say"
+    assert set(told.b) == {BEST_ON_VALIDATION} and list(told.a.unique()) == ["CE", "CE to KD, linear"]
+
+
+@pytest.mark.slow
+def test_the_share_of_the_teachers_accuracy_is_what_it_says(profile, home, printed):
+    means = pd.read_csv(home / "results" / "grids" / "initialisation.csv").set_index("cell")
+    teacher = next(run for run in runs.table(profile).run if run.kind == "teacher").metrics["evaluation"]["test"]
+    np.testing.assert_allclose(means.share, means.accuracy / teacher["accuracy"], rtol=1e-4)
+    assert report.look_up(
+        profile, {"csv": "initialisation", "where": {"cell": "identical"}, "format": "{share:.1%}"}
+    ).endswith("%")
+
+
+@pytest.mark.slow
+def test_the_paper_has_a_table_and_findings_for_every_grid_there_is(profile, analysed_copy):
+    plan = analysed_copy / "results" / "grids" / "plan.json"
+    found = json.loads(plan.read_text())
+    found["grids"].pop("losses")
+    runs.write_json(plan, found)
+    written = {path.name for path in paper.generate(profile).iterdir()}
+    stems = {stems[0] for name, (stems, _) in report.ANALYSES.items() if name in report.GRIDS}
+    assert {f"table-{stem}.tex" for stem in stems} - written == {"table-losses.tex"}
+    assert {f"findings-{stem}_differences.tex" for stem in stems} - written == {"findings-losses_differences.tex"}
+    main = (paper.SOURCE / "main.tex").read_text()
+    assert set(re.findall(r"\\study\{(\w+)\}", main)) == stems
+    for stem in stems:
+        text = (paper.SOURCE / f"{stem}.tex").read_text()
+        assert rf"\generated{{{stem}}}" in text and rf"\input{{findings-{stem}_differences.tex}}" in text
+        assert paper.shown(text) == set(), "numbers of a grid are not checked before LaTeX runs"
+
+
+def test_names_that_latex_cannot_read_are_no_numbers_of_the_paper():
+    macros = report.latex_macros({"data/50 % & more/nll": "1.0", "losses/JSD, β = 0.5/nll": "2.0"})
+    assert macros == "\\defineresult{losses/JSD, β = 0.5/nll}{2.0}\n"
+    assert report.latex("ρ = 0.5, 50 %") == r"$\rho$ = 0.5, 50 \%"
+
+
+@pytest.mark.slow
+def test_the_paper_of_every_grid_compiles(profile, analysed_copy):
+    try:
+        paper.engine()
+    except KdlibError as error:
+        pytest.skip(str(error))
+    assert paper.build(profile).read_bytes().startswith(b"%PDF")
+    build = analysed_copy / "paper" / "build" / "grids"
+    log, labels = (build / "main.log").read_text(errors="replace"), (build / "main.aux").read_text(errors="replace")
+    assert "undefined" not in log and "Overfull" not in log
+    for stems, _ in [report.ANALYSES[name] for name in report.GRIDS]:
+        assert rf"\newlabel{{{stems[0].replace('_', '-')}}}" in labels
