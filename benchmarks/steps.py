@@ -220,8 +220,8 @@ def kd_step(data: corpus.Split, rounds: int) -> list[dict]:
 def reading(data: corpus.Split, rounds: int) -> list[dict]:
     """Batches of 16 rows in shuffled order from a cache that is larger than a frame or a shard."""
     model = student()
-    # A random model is nearly uniform; a trained teacher repeats itself in 64 draws, as this one then does.
-    model.get_output_embeddings().weight.data *= 6
+    # Logits with a standard deviation of 4: a trained teacher repeats itself in 64 draws, a random one hardly does.
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(VOCABULARY, 128, device=DEVICE) * 4 / 128**0.5)
     order = np.random.default_rng(0).permutation(corpus.pack(data.windows(LENGTH), LENGTH))
     with tempfile.TemporaryDirectory() as folder:
         found = write_targets(

@@ -231,6 +231,11 @@ class StudentParameters(TrainingParameters):
     targets: dict[str, Any] = Field(
         {}, description="what sets its targets apart from the profile's targets section (objective=kd)"
     )
+    fresh_draws: bool = Field(
+        False,
+        description="draw the targets anew for this student, with its seed, from dense ones (targets={source: dense}): the "
+        "members of an ensemble then see different draws, and the teacher runs once",
+    )
     divergence: Literal[("forward_kl", *ON_OUTCOMES, *ON_LOGITS)] = Field(
         "forward_kl", description="of the KD term, from the teacher's distribution to the student's"
     )
@@ -289,6 +294,8 @@ class StudentParameters(TrainingParameters):
         for name, asked in needs_teacher.items():
             if asked and self.objective != "online_kd":
                 raise ValueError(f"{name} needs the teacher in the loop, objective=online_kd; found {self.objective}")
+        if self.fresh_draws and self.objective != "kd":
+            raise ValueError(f"fresh_draws are of cached targets, objective=kd; found {self.objective}")
         if self.divergence != "forward_kl" and self.objective == "ce":
             raise ValueError(f"divergence {self.divergence} needs a teacher; found objective ce")
         allowed = OPTIONS.get(self.divergence, ())
@@ -339,7 +346,7 @@ class StudentParameters(TrainingParameters):
     def identity(self) -> dict[str, Any]:
         """Cross-entropy reads neither teacher, weight nor temperature; targets count as the run that they come from."""
         values = super().identity()
-        unread = {"targets"}
+        unread = {"targets", "fresh_draws"}
         if self.objective == "ce":
             unread |= {"kd_weight", "temperature", "kd_weight_schedule"}
             if self.initialisation == "random" and self.text != "teacher":

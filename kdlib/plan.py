@@ -152,7 +152,14 @@ def _student_inputs(values: StudentParameters) -> dict[str, Step]:
     if values.objective == "kd" or selects.startswith("teacher"):
         # Sparse targets serve the temperature they were written at, and no other.
         wanted = {"teacher": values.teacher, "temperature": values.temperature, **values.targets}
+        if values.fresh_draws:
+            wanted["seed"] = values.seed
         targets = parameters("03_targets", profile, **wanted)
+        if values.fresh_draws and (targets.source != "dense" or targets.kind not in ("sampled", "topk_sampled")):
+            raise KdlibError(
+                "fresh_draws need targets that are drawn from dense ones; expected targets with source dense and kind sampled or "
+                f"topk_sampled, found source {targets.source} and kind {targets.kind}."
+            )
         if values.objective == "kd":
             _refuse_unserved(values.divergence, targets)
         inputs["targets"] = step(targets)

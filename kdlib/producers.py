@@ -4,9 +4,8 @@ import gc
 import resource
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +37,7 @@ from kdlib.evaluation import Evaluation, evaluate, predicting_positions
 from kdlib.losses import balance
 from kdlib.losses.features import FeatureLoss
 from kdlib.plan import Step
-from kdlib.schedules import Stage, stage_ends
-from kdlib.training import DistillationTrainer, steps
+from kdlib.training import train_model
 
 if progress.batch():
     transformers.utils.logging.disable_progress_bar()
@@ -138,7 +136,7 @@ def _teacher(step: Step, inputs: dict, folder: Path) -> dict:
     if values.adaptation != "frozen":
         if values.adaptation == "lora":
             model = models.lora(model, values.lora_rank, 2 * values.lora_rank, 0.0, values.seed)
-        training = _train(model, values, data, _block_length(inputs["corpus"]), folder, tokens=values.tokens)
+        training = train_model(model, values, data, _block_length(inputs["corpus"]), folder, tokens=values.tokens)
         model = models.merge(model) if values.adaptation == "lora" else model
     evaluation = _evaluate(model, data, _block_length(inputs["corpus"]), values.precision)
     metrics |= _store(folder, evaluation) | {"training": training, "parameters": models.parameters_by_component(model)}
@@ -221,7 +219,7 @@ def _student(step: Step, inputs: dict, folder: Path) -> dict:
     targets = _open_targets(inputs, data["train"], values.temperature) if "targets" in inputs else None
     data["train"], kept, weights = _text(step, inputs, data["train"], teacher, targets, block_length)
     loop = values.objective == "online_kd"
-    training = _train(
+    training = train_model(
         model,
         values,
         data,
@@ -343,79 +341,6 @@ def _fidelity(step: Step, inputs: dict, folder: Path) -> dict:
         "entries_per_token": inputs["targets"].metrics["distinct_ids_per_token"],
         "test": {name: evaluated[name] for name in ("nll", "ece", "full_ece", "nll_calibrated")},
     }
-
-
-def _train(
-    model,
-    values,
-    data: dict[str, corpus.Split],
-    block_length: int,
-    folder: Path,
-    tokens: int | None = None,
-    documents: list[str] | None = None,
-    stages: Sequence[Stage] = (),
-    multipliers: dict | None = None,
-    features: FeatureLoss | None = None,
-    **options,
-) -> dict:
-    train, validation = data["train"], data["validation"]
-    windows = train.windows(block_length, documents)
-    if tokens is not None:
-        windows = windows[: max(1, int(np.searchsorted(windows[:, 1].cumsum(), tokens, side="right")))]
-    index = corpus.pack(windows, block_length)
-    parts = _staged(values, stages, len(index)) if stages else [(values, multipliers)]
-    found = []
-    for number, (settings, multipliers) in enumerate(parts):
-        if stages:
-            for trained in (model, features or model):
-                trained.requires_grad_(True)  # what the stage before froze
-        trainer = DistillationTrainer(
-            model,
-            settings,
-            train,
-            index,
-            folder / f"stage-{number}" if stages else folder,
-            validation=validation,
-            validation_index=corpus.pack(validation.windows(block_length), block_length),
-            multipliers=multipliers,
-            features=features,
-            **options,
-        )
-        found.append(trainer.fit())
-    if stages:
-        _join_stages(folder, len(stages))
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    sums = {name: sum(one[name] for one in found) for name in ("tokens", "steps", "seconds", "flops")}
-    return sums | {
-        "tokens_per_second": sums["tokens"] / sums["seconds"] if sums["tokens"] else None,
-        "peak_memory_bytes": max(one["peak_memory_bytes"] for one in found),
-        "final_loss": found[-1]["final_loss"],
-    }
-
-
-def _staged(values, stages: Sequence[Stage], rows: int) -> list[tuple]:
-    """Settings and multipliers of each stage; together they take the steps of a run without stages."""
-    an_epoch = steps(values.model_copy(update={"epochs": 1}), rows)
-    parts = []
-    for number, (begin, end) in enumerate(pairwise([0, *stage_ends(stages, steps(values, rows))])):
-        # With the seed of the stage before, a stage would begin with the rows that one began with.
-        changes = {"epochs": (end - begin) / an_epoch, "seed": values.seed + number}
-        parts.append((values.model_copy(update=changes), stages[number].learning_rate_multipliers))
-    return parts
-
-
-def _join_stages(folder: Path, stages: int) -> None:
-    """One log of a run's stages, in which steps, tokens, epochs and seconds count on; the stages' own folders go."""
-    logs, done = [], {}
-    for number in range(stages):
-        log = pd.read_csv(folder / f"stage-{number}" / "log.csv", dtype=str, keep_default_na=False)
-        for name, kind in {"step": int, "epoch": float, "tokens": int, "seconds": float}.items():
-            log[name] = log[name].astype(kind) + done.get(name, 0)
-            done[name] = log[name].iloc[-1]
-        logs.append(log)
-    pd.concat(logs).to_csv(folder / "log.csv", index=False)
-    for number in range(stages):
-        shutil.rmtree(folder / f"stage-{number}")
 
 
 def _evaluate(model, data: dict[str, corpus.Split], block_length: int, precision: str) -> Evaluation:

@@ -32,8 +32,9 @@ from kdlib.parameters import (
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Settings of a student that an objective refuses.
 UNUSED = {
-    "ce": ("divergence", "divergence_options", "feature", "temperature_schedule"),
+    "ce": ("fresh_draws", "divergence", "divergence_options", "feature", "temperature_schedule"),
     "kd": ("feature", "temperature_schedule"),
+    "online_kd": ("fresh_draws",),
 }
 GRIDS = ("targets", "weights", "losses", "features", "initialisation", "data")
 

@@ -232,6 +232,7 @@ _TARGETS = {
     "KL to teacher": "{teacher_kl:.3f}",
     "NLL": "{nll:.3f}",
     "ECE": "{ece:.3f}",
+    "Near": "{near}",
 }
 _STUDENT = {"Student": "{cell}", "Runs": "{runs}", "NLL": "{nll:.3f}"}
 _STUDENT_QUALITY = _CALIBRATED | {"ECE": "{ece:.3f}", "Accuracy": "{accuracy:.3f}"}

@@ -126,8 +126,9 @@ def execute(path: Path, output: Path, values: dict[str, Any]) -> int:
     """Execute the notebook at ``path`` with papermill in a kernel of its own; returns the exit status."""
     # The kernel inherits it: bars are drawn as text on a terminal, and not at all in the log of a batch job.
     os.environ["KDLIB_TERMINAL" if sys.stderr.isatty() else "KDLIB_BATCH"] = "1"
-    # Threads that spin while they wait take the cores from those that they wait for, on a machine that does anything else.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # A thread that waits spins for some microseconds and then sleeps. If it spun on, as it does by default, it would take the
+    # core from those that it waits for wherever the machine does anything else; if it never spun, small steps would drag.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     output.parent.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, _stop)
     with _kernel(profiles.REPOSITORY) as kernel:

@@ -111,7 +111,7 @@ def test_a_linear_weight_goes_from_1_to_0_and_each_step_minimises_its_mixture(tm
     options = {"split": SPLIT, "teacher": make_model(1), "temperature": 2.0, "changes": {"epochs": 3}}
     trainer = make_trainer(tmp_path, kd_weight=linear(1.0, 0.0), kind=kind, **options)
     trainer.fit()
-    rows = [row for row in read_log(trainer.log_path) if row["loss"]]
+    rows = [row for row in read_log(trainer.step_log.path) if row["loss"]]
     last = trainer.steps - 1
     assert [row["kd_weight"] for row in rows] == [f"{1 - k / last:.6g}" for k in range(last + 1)]
     assert (rows[0]["kd_weight"], rows[-1]["kd_weight"]) == ("1", "0")
@@ -148,7 +148,7 @@ def test_a_step_from_0_to_1_is_cross_entropy_exactly_until_the_step(tmp_path):
         assert [same(one, other) for one, other in zip(ce.weights, late.weights, strict=True)] == [
             number < before for number in range(trainer.steps)
         ]
-        rows = [row for row in read_log(trainer.log_path) if row["loss"]]
+        rows = [row for row in read_log(trainer.step_log.path) if row["loss"]]
         assert [row["kd_weight"] for row in rows] == ["0"] * before + ["1"] * (trainer.steps - before)
         assert [row["loss"] == row["ce"] for row in rows[:before]] == [True] * before
         assert [row["loss"] == row["kd"] for row in rows[before:]] == [True] * (trainer.steps - before)
@@ -242,7 +242,7 @@ def cross_entropy(tmp_path_factory):
 @pytest.mark.parametrize("objective", ["hidden_mse", "hidden_cosine", "attention_mse", "relation"])
 def test_a_feature_loss_is_logged_minimised_and_changes_the_student(tmp_path, cross_entropy, objective):
     after, trainer = with_features(tmp_path, objective, changes={"epochs": 4}, feature_weight=10.0)
-    rows = [row for row in read_log(trainer.log_path) if row["loss"]]
+    rows = [row for row in read_log(trainer.step_log.path) if row["loss"]]
     for row in rows:
         assert float(row["loss"]) == pytest.approx(float(row["ce"]) + 10 * float(row["feature"]), rel=1e-5)
         assert row["kd"] == row["kd_weight"] == row["temperature"] == ""
@@ -262,7 +262,7 @@ def test_the_feature_weight_scales_its_gradient_and_nothing_else(tmp_path, kd_we
     }
     runs[0.0] = watched(tmp_path / "none", split=SPLIT, teacher=wide_teacher(), **options)
     for weight, (_, trainer) in runs.items():
-        (row,) = [row for row in read_log(trainer.log_path) if row["loss"]]
+        (row,) = [row for row in read_log(trainer.step_log.path) if row["loss"]]
         kd, ce, feature = (float(row[name] or 0) for name in ("kd", "ce", "feature"))
         expected = kd_weight * kd + (1 - kd_weight) * ce + weight * feature
         assert float(row["loss"]) == pytest.approx(expected, rel=1e-5)

@@ -194,6 +194,25 @@ def test_redrawn_targets_read_the_dense_ones_of_their_teacher():
         profiles.parameters("03_targets", "smoke", source="dense", kind="dense")
 
 
+def test_fresh_draws_are_one_cache_a_student_and_one_pass_of_the_teacher():
+    def student(seed, **changes):
+        changes = {"targets": {"source": "dense", "draws": 8}, "fresh_draws": True, **changes}
+        return plan.step(profiles.parameters("04_student", "smoke", seed=seed, **changes))
+
+    drawn = [student(seed).inputs["targets"] for seed in (1, 2)]
+    assert [one.parameters.seed for one in drawn] == [1, 2] and drawn[0].id != drawn[1].id
+    assert drawn[0].inputs["dense"].id == drawn[1].inputs["dense"].id
+    shared = [student(seed, fresh_draws=False).inputs["targets"].id for seed in (1, 2)]
+    assert shared[0] == shared[1]
+    members = profiles.parameters("05_ensemble", "smoke", student={"targets": {"source": "dense"}, "fresh_draws": True})
+    assert len({step.inputs["targets"].id for name, step in plan.step(members).inputs.items() if name != "corpus"}) == 2
+    for targets in ({}, {"kind": "topk", "source": "dense"}, {"kind": "dense"}):
+        with pytest.raises(KdlibError, match="expected targets with source dense and kind sampled or topk_sampled, found"):
+            student(1, targets=targets)
+    with pytest.raises(KdlibError, match="fresh_draws are of cached targets"):
+        student(1, objective="ce", targets={})
+
+
 def test_targets_from_outside_count_by_what_they_are_and_not_by_where(tmp_path):
     def targets(source):
         return plan.step(profiles.parameters("03_targets", "smoke", kind="topk", source=source))

@@ -21,7 +21,7 @@ from kdlib.losses.divergences import DIVERGENCES
 from kdlib.losses.features import FeatureLoss
 from kdlib.schedules import Stage
 from kdlib.sources import PathSource
-from kdlib.training import DistillationTrainer, read_log, steps
+from kdlib.training import DistillationTrainer, read_log, steps, train_model
 
 TEACHER = {"layers": 2, "hidden_size": 32, "heads": 2}
 
@@ -488,7 +488,7 @@ class Staged(DistillationTrainer):
 def train_in_stages(folder, monkeypatch, stages=MLP_FIRST, stop=None, changes=None, features=False):
     """A run of stages: its metrics, its weights, and what :class:`Staged` kept."""
     kind = type("Kept", (Staged,), {"made": [], "began": [], "ended": [], "stop": stop})
-    monkeypatch.setattr(producers, "DistillationTrainer", kind)
+    monkeypatch.setattr("kdlib.training.stages.DistillationTrainer", kind)
     data = {"train": make_split(documents=20), "validation": make_split("validation", seed=1, documents=4)}
     values = profiles.parameters("04_student", "smoke", **VALUES | (changes or {}))
     model, options = make_model(0), {}
@@ -500,7 +500,7 @@ def train_in_stages(folder, monkeypatch, stages=MLP_FIRST, stop=None, changes=No
         teacher.set_attn_implementation("eager")
         options = {"teacher": teacher, "features": FeatureLoss(model, teacher, "hidden_mse")}
     folder.mkdir(exist_ok=True)
-    metrics = producers._train(model, values, data, BLOCK, folder, stages=stages, **options)
+    metrics = train_model(model, values, data, BLOCK, folder, stages=stages, **options)
     return metrics, weights(model), kind
 
 

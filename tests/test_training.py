@@ -79,7 +79,7 @@ def distance(one, other):
 
 
 def column(trainer, name):
-    return [row[name] for row in read_log(trainer.log_path) if row[name]]
+    return [row[name] for row in read_log(trainer.step_log.path) if row[name]]
 
 
 class NextTokens:
@@ -382,7 +382,7 @@ def test_a_multiplier_that_does_nothing_or_too_much_is_refused(tmp_path, multipl
     trainer = make_trainer(tmp_path, multipliers=multipliers)
     with pytest.raises(KdlibError, match=message):
         trainer.fit()
-    assert not trainer.log_path.exists()
+    assert not trainer.step_log.path.exists()
 
 
 # Steps and the log
@@ -429,9 +429,9 @@ def test_the_log_has_a_row_a_step_with_its_losses_tokens_and_learning_rate(tmp_p
     changes = {"epochs": 3, "gradient_accumulation": 2, "warmup": 0.25}
     trainer = make_trainer(tmp_path, split=split, targets=targets, kd_weight=0.9, changes=changes, kind=Watched)
     about = trainer.fit()
-    text = trainer.log_path.read_text()
+    text = trainer.step_log.path.read_text()
     assert tuple(text.splitlines()[0].split(",")) == training.LOG_COLUMNS
-    rows = read_log(trainer.log_path)
+    rows = read_log(trainer.step_log.path)
     taken, measured = [row for row in rows if row["loss"]], [row for row in rows if row["validation_nll"]]
     assert [int(row["step"]) for row in taken] == list(range(1, trainer.steps + 1))
     assert int(measured[-1]["step"]) == trainer.steps and 2 <= len(measured) <= training.CHECKPOINTS
@@ -460,7 +460,7 @@ def test_no_epochs_leave_the_model_as_initialised(tmp_path):
     assert same(after, weights(make_model(0)))
     about = trainer.fit()
     assert (about["steps"], about["tokens"], about["final_loss"], about["tokens_per_second"]) == (0, 0, None, None)
-    assert not trainer.log_path.exists()
+    assert not trainer.step_log.path.exists()
 
 
 def test_a_split_without_rows_is_refused(tmp_path):
@@ -541,7 +541,7 @@ def test_a_run_interrupted_in_any_epoch_goes_on_to_the_same_weights_and_log(tmp_
         assert logged(folder) == logged(tmp_path / "whole")
         seconds = np.float64([row["seconds"] for row in read_log(folder / "log.csv")])
         assert (np.diff(seconds) >= 0).all()
-        assert again._tokens == trainer._tokens
+        assert again.step_log.tokens == trainer.step_log.tokens
 
 
 def test_a_run_that_had_finished_is_read_back_without_another_step(tmp_path):
@@ -550,10 +550,10 @@ def test_a_run_that_had_finished_is_read_back_without_another_step(tmp_path):
     trainer = make_trainer(tmp_path, changes=changes)
     about = trainer.fit()
     assert about["steps"] == 10
-    log = trainer.log_path.read_bytes()
+    log = trainer.step_log.path.read_bytes()
     resumed, again = trained(tmp_path, make_model(5), changes=changes)
     assert same(resumed, weights(trainer.model))
-    assert again.log_path.read_bytes() == log
+    assert again.step_log.path.read_bytes() == log
     assert again.fit()["tokens"] == about["tokens"]
 
 
@@ -580,10 +580,10 @@ def test_no_more_than_two_checkpoints_are_kept(tmp_path):
 
 def test_a_log_cut_short_in_a_row_is_read_up_to_there(tmp_path):
     _, trainer = trained(tmp_path)
-    rows = read_log(trainer.log_path)
-    lines = trainer.log_path.read_bytes().splitlines(keepends=True)
-    trainer.log_path.write_bytes(b"".join(lines[:-1]) + lines[-1][:20])
-    assert read_log(trainer.log_path) == rows[:-1]
+    rows = read_log(trainer.step_log.path)
+    lines = trainer.step_log.path.read_bytes().splitlines(keepends=True)
+    trainer.step_log.path.write_bytes(b"".join(lines[:-1]) + lines[-1][:20])
+    assert read_log(trainer.step_log.path) == rows[:-1]
 
 
 class Poison(TrainerCallback):
@@ -609,7 +609,7 @@ def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_last_good_
     kept = str(tmp_path / "checkpoints" / "checkpoint-4") if saved else "none yet"
     with pytest.raises(KdlibError, match=f"loss became nan at step {step + 1} of 14.*{re.escape(kept)}"):
         trainer.fit()
-    assert [int(row["step"]) for row in read_log(trainer.log_path) if row["loss"]] == list(range(1, step + 1))
+    assert [int(row["step"]) for row in read_log(trainer.step_log.path) if row["loss"]] == list(range(1, step + 1))
     if saved:
         good = AutoModelForCausalLM.from_pretrained(kept)
         assert all(value.isfinite().all() for value in good.parameters())

@@ -1,14 +1,12 @@
-"""One trainer for every model: students from text, from cached targets or from a teacher in the loop, and teachers too.
+"""The trainer of every model: a transformers ``Trainer`` that computes its loss from hidden states.
 
-A transformers ``Trainer`` that computes its loss from hidden states (:mod:`kdlib.losses.fused`), so logits never exist for
-more than a chunk of tokens, and that resumes a killed run to the same weights bit for bit.
+Logits never exist for more than a chunk of tokens (:mod:`kdlib.losses.fused`), and a killed run resumes to the same weights
+bit for bit.
 """
 
-import csv
 import json
 import math
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable
@@ -16,7 +14,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -31,68 +28,12 @@ from kdlib.losses.features import FeatureLoss
 from kdlib.parameters import TrainingParameters
 from kdlib.progress import bar
 from kdlib.schedules import Schedule, as_schedule
+from kdlib.training.batches import Collator, Rows
+from kdlib.training.log import StepLog, memory_bytes, read_log
+from kdlib.training.optimizer import parameter_groups, steps
 
-LOG_COLUMNS = (
-    "step",
-    "epoch",
-    "loss",
-    "ce",
-    "kd",
-    "feature",
-    "kd_weight",
-    "temperature",
-    "learning_rate",
-    "tokens",
-    "seconds",
-    "memory_bytes",
-    "validation_nll",
-    "validation_seconds",
-    "validation_memory_bytes",
-)
 CHECKPOINTS = 8  # a run is saved, and its validation loss measured, this many times
 LARGE, LARGE_CHECKPOINTS = 5e7, 2  # parameters from which writing a checkpoint costs more than it is likely to save
-
-
-class Rows(torch.utils.data.Dataset):
-    """Packed rows of a split by number; an item is a row of flat positions, −1 at padding."""
-
-    def __init__(self, index: np.ndarray):
-        self.index = index
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, number: int) -> np.ndarray:
-        return self.index[number]
-
-
-class Collator:
-    """Rows of flat positions -> the model's inputs, the labels, and the cached targets of the same positions.
-
-    Args:
-        weights: [positions], a token weight at each of the split's flat positions; a batch then holds those of its labels.
-
-    Raises:
-        KdlibError: another number of weights than positions.
-    """
-
-    def __init__(self, split: corpus.Split, targets: TargetCache | None = None, weights: np.ndarray | None = None):
-        if weights is not None and len(weights) != len(split.tokens):
-            raise KdlibError(
-                f"Expected a weight at each of the {len(split.tokens)} positions of the split {split.name!r}; found "
-                f"{len(weights)}. Compute them on the same corpus."
-            )
-        self.split, self.targets, self.weights = split, targets, weights
-
-    def __call__(self, rows: list[np.ndarray]) -> dict:
-        index = np.stack(rows)
-        batch = {name: torch.from_numpy(values) for name, values in corpus.rows(self.split, index).items()}
-        if self.targets is not None:
-            # Padding and targets agree row for row because both are read at the same flat positions.
-            batch["targets"] = self.targets.read(index)
-        if self.weights is not None:
-            batch["weights"] = torch.from_numpy(np.where(index < 0, 0, self.weights[index]).astype(np.float32))
-        return batch
 
 
 class DistillationTrainer(Trainer):
@@ -160,7 +101,7 @@ class DistillationTrainer(Trainer):
         self.multipliers = multipliers or {}
         self.autocast = models.precision(settings.precision)
         self.low_precision = settings.low_precision
-        self.log_path = folder / "log.csv"
+        self.step_log = StepLog(folder / "log.csv")
         self.steps = steps(settings, len(index))
         every = max(1, math.ceil(self.steps / CHECKPOINTS))
         if validation is not None:
@@ -212,7 +153,6 @@ class DistillationTrainer(Trainer):
         if teacher is not None:
             teacher.to(self.args.device).eval().requires_grad_(False)
         self._parts = dict.fromkeys(("loss", "ce", "kd", "feature", "tokens"), 0)
-        self._tokens, self._seconds, self._resumed_at = 0, 0.0, time.perf_counter()
 
     def fit(self) -> dict:
         """Train to the end, from the newest whole checkpoint if there is one.
@@ -221,8 +161,7 @@ class DistillationTrainer(Trainer):
             tokens, steps, seconds, tokens_per_second, flops, peak_memory_bytes, final_loss.
         """
         checkpoint = newest_checkpoint(Path(self.args.output_dir))
-        self._restore_log(checkpoint)
-        self._resumed_at = time.perf_counter()
+        self.step_log.resume(_step(checkpoint))
         if _step(checkpoint) < self.steps:
             eight_bit = self.low_precision == "optimizer_and_backward"
             with low_precision.eight_bit_backward(self.model) if eight_bit else nullcontext():
@@ -232,15 +171,15 @@ class DistillationTrainer(Trainer):
             self._load_from_checkpoint(str(checkpoint))
         if hasattr(self.model, "projectors"):
             del self.model.projectors
-        rows = read_log(self.log_path)
+        rows, tokens, seconds = read_log(self.step_log.path), self.step_log.tokens, self.step_log.seconds
         losses = [float(row["loss"]) for row in rows if row["loss"]]
         context = len(self.train_dataset[0]) if len(self.train_dataset) else 0
         return {
-            "tokens": self._tokens,
+            "tokens": tokens,
             "steps": self.steps,
-            "seconds": self._elapsed(),
-            "tokens_per_second": self._tokens / self._elapsed() if self._tokens else None,
-            "flops": 3 * models.flops_per_token(self.model, context) * self._tokens,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds if tokens else None,
+            "flops": 3 * models.flops_per_token(self.model, context) * tokens,
             "peak_memory_bytes": max(
                 (int(row["memory_bytes"]) for row in rows if row["memory_bytes"]), default=memory_bytes()
             ),
@@ -334,7 +273,7 @@ class DistillationTrainer(Trainer):
                 total, tokens = total + parts.ce.item(), tokens + parts.tokens
         self.model.train(training)
         metrics = {f"{metric_key_prefix}_loss": total / tokens}
-        self._write_row(
+        self._log(
             {
                 "validation_nll": total / tokens,
                 "validation_seconds": time.perf_counter() - started,
@@ -363,13 +302,13 @@ class DistillationTrainer(Trainer):
         if not math.isfinite(logs.get("grad_norm", 0.0)):
             self._refuse("gradient's norm", logs["grad_norm"], self.state.global_step)
         parts, self._parts = self._parts, dict.fromkeys(self._parts, 0)
-        self._tokens += parts["tokens"]
+        self.step_log.tokens += parts["tokens"]
         means = {name: parts[name] / max(1, parts["tokens"]) for name in ("loss", "ce", "kd", "feature")}
         self.state.log_history.append({"step": self.state.global_step, "loss": means["loss"]})
         # The step that was just taken, counted from 0.
         progress = min(1.0, (self.state.global_step - 1) / max(1, self.steps - 1))
         distils, weight = self.kd_weight != as_schedule(0.0), self.kd_weight.value(progress)
-        self._write_row(
+        self._log(
             {
                 "loss": means["loss"],
                 "ce": means["ce"],
@@ -382,39 +321,8 @@ class DistillationTrainer(Trainer):
             }
         )
 
-    def _elapsed(self) -> float:
-        return self._seconds + time.perf_counter() - self._resumed_at
-
-    def _write_row(self, values: dict) -> None:
-        fresh = not self.log_path.is_file()
-        shared = {
-            "step": self.state.global_step,
-            "epoch": self.state.epoch,
-            "tokens": self._tokens,
-            "seconds": round(self._elapsed(), 3),
-        }
-        with open(self.log_path, "a", newline="") as file:
-            writer = csv.DictWriter(file, LOG_COLUMNS, restval="")
-            if fresh:
-                writer.writeheader()
-            writer.writerow(
-                shared | {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in values.items()}
-            )
-
-    def _restore_log(self, checkpoint: Path | None) -> None:
-        """Drop what was logged after the checkpoint, and count on from there."""
-        done = _step(checkpoint)
-        rows = [row for row in read_log(self.log_path) if int(row["step"]) <= done]
-        if not rows:
-            self.log_path.unlink(missing_ok=True)
-            return
-        self._tokens, self._seconds = int(rows[-1]["tokens"]), float(rows[-1]["seconds"])
-        temporary = self.log_path.with_name(f".{self.log_path.name}.partial")
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, LOG_COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, self.log_path)
+    def _log(self, values: dict) -> None:
+        self.step_log.write(self.state.global_step, self.state.epoch, values)
 
 
 class _Progress(TrainerCallback):
@@ -432,49 +340,6 @@ class _Progress(TrainerCallback):
         self.bar.close()
 
 
-def steps(settings: TrainingParameters, rows: int) -> int:
-    """Optimisation steps of a run: those of an epoch, times epochs, rounded to at least one unless epochs is 0.
-
-    An epoch takes whole batches only; its last step takes what is left of them after whole accumulations.
-    """
-    batches = max(1, rows // settings.batch_size)
-    total = settings.epochs * math.ceil(batches / settings.gradient_accumulation)
-    return 0 if settings.epochs == 0 else max(1, round(total))
-
-
-def parameter_groups(
-    model: nn.Module, multipliers: dict[str, float], learning_rate: float, weight_decay: float
-) -> list[dict]:
-    """Optimiser groups by learning-rate multiplier and decay.
-
-    A parameter takes the multiplier of the first regular expression found in its name (``re.search``), else 1; 0 freezes it.
-
-    Raises:
-        KdlibError: an expression is malformed or matches no parameter, or everything is frozen.
-    """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    unused = set(multipliers)
-    for name, parameter in model.named_parameters():
-        try:
-            matched = next((pattern for pattern in multipliers if re.search(pattern, name)), None)
-        except re.error as error:
-            raise KdlibError(f"learning_rate_multipliers holds a malformed regular expression: {error}") from error
-        unused.discard(matched)
-        multiplier = 1.0 if matched is None else multipliers[matched]
-        if multiplier == 0:
-            parameter.requires_grad_(False)
-        if parameter.requires_grad:
-            groups.setdefault((multiplier, weight_decay if parameter.ndim >= 2 else 0.0), []).append(parameter)
-    if unused or not groups:
-        names = ", ".join(name for name, _ in list(model.named_parameters())[:6])
-        problem = f"match no parameter: {sorted(unused)}" if unused else "freeze every parameter"
-        raise KdlibError(f"learning_rate_multipliers {problem}. Parameter names look like: {names} …")
-    return [
-        {"params": group, "lr": learning_rate * multiplier, "weight_decay": decay}
-        for (multiplier, decay), group in groups.items()
-    ]
-
-
 def _step(checkpoint: Path | None) -> int:
     return 0 if checkpoint is None else json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
 
@@ -490,19 +355,6 @@ def newest_checkpoint(folder: Path) -> Path | None:
         except (OSError, json.JSONDecodeError):
             shutil.rmtree(path)
     return None
-
-
-def read_log(path: Path) -> list[dict[str, str]]:
-    """Whole rows of a per-step log; a last line cut short by a kill is left out."""
-    if not path.is_file():
-        return []
-    with open(path, newline="") as file:
-        return [row for row in csv.DictReader(file) if None not in row.values()]
-
-
-def memory_bytes() -> int:
-    """Memory in use now: allocated on the GPU if there is one, else the process's resident set."""
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
 
 
 def _can_compile(device: torch.device) -> bool:

@@ -1,0 +1,84 @@
+"""The per-step log of a run, ``log.csv``, which a resumed run takes up where its checkpoint left off."""
+
+import csv
+import os
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+LOG_COLUMNS = (
+    "step",
+    "epoch",
+    "loss",
+    "ce",
+    "kd",
+    "feature",
+    "kd_weight",
+    "temperature",
+    "learning_rate",
+    "tokens",
+    "seconds",
+    "memory_bytes",
+    "validation_nll",
+    "validation_seconds",
+    "validation_memory_bytes",
+)
+
+
+class StepLog:
+    """Rows of steps and validations, each with the tokens and seconds of training up to there.
+
+    Attributes:
+        tokens: trained on so far; whoever writes counts them.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.tokens = path, 0
+        self._seconds, self._resumed = 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, those before an interruption included."""
+        return self._seconds + time.perf_counter() - self._resumed
+
+    def resume(self, step: int) -> None:
+        """Drop what was logged after ``step``, the last whose weights were kept, and count on from there."""
+        self._resumed = time.perf_counter()
+        rows = [row for row in read_log(self.path) if int(row["step"]) <= step]
+        if not rows:
+            self.path.unlink(missing_ok=True)
+            return
+        self.tokens, self._seconds = int(rows[-1]["tokens"]), float(rows[-1]["seconds"])
+        temporary = self.path.with_name(f".{self.path.name}.partial")
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, LOG_COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, self.path)
+
+    def write(self, step: int, epoch: float, values: dict) -> None:
+        """Append a row; columns that ``values`` leave out stay empty."""
+        fresh = not self.path.is_file()
+        shared = {"step": step, "epoch": epoch, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
+        with open(self.path, "a", newline="") as file:
+            writer = csv.DictWriter(file, LOG_COLUMNS, restval="")
+            if fresh:
+                writer.writeheader()
+            writer.writerow(
+                shared | {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in values.items()}
+            )
+
+
+def read_log(path: Path) -> list[dict[str, str]]:
+    """Whole rows of a per-step log; a last line cut short by a kill is left out."""
+    if not path.is_file():
+        return []
+    with open(path, newline="") as file:
+        return [row for row in csv.DictReader(file) if None not in row.values()]
+
+
+def memory_bytes() -> int:
+    """Memory in use now: allocated on the GPU if there is one, else the process's resident set."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss

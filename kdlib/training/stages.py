@@ -1,0 +1,103 @@
+"""One run of training, which may consist of stages that train different parameters."""
+
+import shutil
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from kdlib import corpus
+from kdlib.losses.features import FeatureLoss
+from kdlib.schedules import Stage, stage_ends
+from kdlib.training.optimizer import steps
+from kdlib.training.trainer import DistillationTrainer
+
+
+def train_model(
+    model,
+    values,
+    data: dict[str, corpus.Split],
+    block_length: int,
+    folder: Path,
+    tokens: int | None = None,
+    documents: list[str] | None = None,
+    stages: Sequence[Stage] = (),
+    multipliers: dict | None = None,
+    features: FeatureLoss | None = None,
+    **options,
+) -> dict:
+    """Train a model on a corpus, in one stage or several, from wherever an interrupted attempt left off.
+
+    Args:
+        model: causal LM, trained in place.
+        values: schedule, batch size, precision, seed.
+        data: splits by name; ``train`` is trained on, ``validation`` measured along the way.
+        folder: for ``log.csv`` and, while it trains, checkpoints.
+        tokens: train on about the first so many of an epoch's; None: on all.
+        documents: train on these alone; None: on all.
+        stages: parts with multipliers and an optimiser of their own; together they take the steps of a run without any.
+        multipliers, features, options: as :class:`kdlib.training.DistillationTrainer` takes them.
+
+    Returns:
+        tokens, steps, seconds, tokens_per_second, flops, peak_memory_bytes, final_loss.
+    """
+    split, validation = data["train"], data["validation"]
+    windows = split.windows(block_length, documents)
+    if tokens is not None:
+        windows = windows[: max(1, int(np.searchsorted(windows[:, 1].cumsum(), tokens, side="right")))]
+    index = corpus.pack(windows, block_length)
+    parts = _staged(values, stages, len(index)) if stages else [(values, multipliers)]
+    found = []
+    for number, (settings, multipliers) in enumerate(parts):
+        if stages:
+            for trained in (model, features or model):
+                trained.requires_grad_(True)  # what the stage before froze
+        trainer = DistillationTrainer(
+            model,
+            settings,
+            split,
+            index,
+            folder / f"stage-{number}" if stages else folder,
+            validation=validation,
+            validation_index=corpus.pack(validation.windows(block_length), block_length),
+            multipliers=multipliers,
+            features=features,
+            **options,
+        )
+        found.append(trainer.fit())
+    if stages:
+        _join_stages(folder, len(stages))
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    sums = {name: sum(one[name] for one in found) for name in ("tokens", "steps", "seconds", "flops")}
+    return sums | {
+        "tokens_per_second": sums["tokens"] / sums["seconds"] if sums["tokens"] else None,
+        "peak_memory_bytes": max(one["peak_memory_bytes"] for one in found),
+        "final_loss": found[-1]["final_loss"],
+    }
+
+
+def _staged(values, stages: Sequence[Stage], rows: int) -> list[tuple]:
+    """Settings and multipliers of each stage; together they take the steps of a run without stages."""
+    an_epoch = steps(values.model_copy(update={"epochs": 1}), rows)
+    parts = []
+    for number, (begin, end) in enumerate(pairwise([0, *stage_ends(stages, steps(values, rows))])):
+        # With the seed of the stage before, a stage would begin with the rows that one began with.
+        changes = {"epochs": (end - begin) / an_epoch, "seed": values.seed + number}
+        parts.append((values.model_copy(update=changes), stages[number].learning_rate_multipliers))
+    return parts
+
+
+def _join_stages(folder: Path, stages: int) -> None:
+    """One log of a run's stages, in which steps, tokens, epochs and seconds count on; the stages' own folders go."""
+    logs, done = [], {}
+    for number in range(stages):
+        log = pd.read_csv(folder / f"stage-{number}" / "log.csv", dtype=str, keep_default_na=False)
+        for name, kind in {"step": int, "epoch": float, "tokens": int, "seconds": float}.items():
+            log[name] = log[name].astype(kind) + done.get(name, 0)
+            done[name] = log[name].iloc[-1]
+        logs.append(log)
+    pd.concat(logs).to_csv(folder / "log.csv", index=False)
+    for number in range(stages):
+        shutil.rmtree(folder / f"stage-{number}")
