@@ -31,7 +31,7 @@ figures: env  ## tables, figures and the PDF again, from the results of PROFILE 
 	$(RUN) kdlib.paper --profile $(PROFILE)
 
 test: env  ## everything that proves it works: unit tests, and the smoke profile through the pipeline
-	$(RUN) pytest
+	$(RUN) pytest -n 2 --dist loadscope
 
 lab: env  ## Jupyter on the notebooks
 	$(RUN) jupyter lab --notebook-dir notebooks
