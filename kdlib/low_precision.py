@@ -11,7 +11,7 @@ so a student computes while it trains what it will compute once saved.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
-from typing import Literal
+from typing import get_args
 
 import torch
 from torch import nn
@@ -19,20 +19,21 @@ from transformers import PreTrainedModel
 
 from kdlib import models
 from kdlib.errors import KdlibError
+from kdlib.parameters import LowPrecision
 
 LIBRARY = (0, 18)  # of torchao
 CAPABILITY = (8, 9)  # of a CUDA device: Ada, Hopper and later multiply 8-bit floating point
 MULTIPLE = 16  # what those products want the sizes of a matrix to be multiples of
 
 
-def require(setting: Literal["none", "optimizer", "optimizer_and_backward"]) -> None:
+def require(setting: LowPrecision) -> None:
     """Refuse what this machine cannot do, before anything is spent on it.
 
     Raises:
         KdlibError: an unknown setting, torchao missing or too old, or no device that multiplies 8-bit floating point.
     """
-    if setting not in ("none", "optimizer", "optimizer_and_backward"):
-        raise KdlibError(f"Unknown low_precision {setting!r}. Expected none, optimizer or optimizer_and_backward.")
+    if setting not in get_args(LowPrecision):
+        raise KdlibError(f"Unknown low_precision {setting!r}. Expected one of {', '.join(get_args(LowPrecision))}.")
     if setting == "none":
         return
     wanted = ".".join(map(str, LIBRARY))
