@@ -12,7 +12,9 @@ help:
 
 env: .venv/ready  ## the environment, made once from the lock files
 
-# Modules are byte-compiled when they are first imported (--no-compile): most never are.
+# Modules are byte-compiled when they are first imported (--no-compile): most never are. Images that forbid Python to write
+# bytecode would compile them again in every process, for longer than a small student trains.
+export PYTHONDONTWRITEBYTECODE :=
 # The marker is written last, and the folder is emptied first: an environment that was interrupted half-way is made anew.
 .venv/ready: requirements.lock torch.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"kdlib needs Python 3.11 to 3.13; {sys.executable} is {v[0]}.{v[1]}. Try: make env PYTHON=python3.12")'
