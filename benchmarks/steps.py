@@ -39,13 +39,11 @@ def split(tokens: int, seed: int = 0) -> corpus.Split:
     return corpus.Split("train", table, rng.integers(1, VOCABULARY, offsets[-1]).astype(np.int32), offsets, 0)
 
 
-def llama(
-    layers: int, hidden: int, heads: int, kv_heads: int, intermediate: int, vocabulary: int = VOCABULARY, seed: int = 0
-):
+def llama(layers: int, hidden: int, heads: int, kv_heads: int, intermediate: int, attention: str = "eager"):
     """A randomly initialised Llama with tied embeddings."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=vocabulary,
+        vocab_size=VOCABULARY,
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
@@ -53,14 +51,14 @@ def llama(
         intermediate_size=intermediate,
         max_position_embeddings=LENGTH,
         tie_word_embeddings=True,
-        attn_implementation="eager",
+        attn_implementation=attention,
     )
     return LlamaForCausalLM(config).to(DEVICE)
 
 
-def student(seed: int = 0):
+def student(attention: str = "eager"):
     """4 layers of width 128."""
-    return llama(4, 128, 4, 4, 352, seed=seed)
+    return llama(4, 128, 4, 4, 352, attention)
 
 
 def teacher():
@@ -89,10 +87,12 @@ def synchronise() -> None:
 
 
 class Step:
-    """One optimisation step of a student, from hidden states (ours) or through dense float32 logits (a plain Trainer's)."""
+    """One optimisation step of a student: from hidden states (ours), or as a plain Trainer takes it, which is with the attention
+    that transformers chooses (SDPA) and through dense float32 logits.
+    """
 
     def __init__(self, batch: dict, dense: bool = False, kd_weight: float = 0.0, teacher=None, compiled: bool = False):
-        self.model = student()
+        self.model = student("sdpa" if dense else "eager")
         self.body = models.body(self.model)
         self.body = torch.compile(self.body, dynamic=False) if compiled else self.body
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-3, fused=True)
