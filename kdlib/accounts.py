@@ -24,40 +24,41 @@ TARGETS = {
 def setup(profile: str, resamples: int) -> pd.DataFrame:
     """The study's settings and a few counts, a row each: name, value. The paper looks its set-up up here.
 
-    Values are those of the runs (and of the profile they were made from), so they cannot drift from what was done.
+    Values are those of the runs, not of a profile that may have been edited since they were made.
     """
-    table, settings = runs.table(profile), profiles.load(profile)
-    student, targets = settings.student, settings.targets
+    table = runs.table(profile)
     trained = table[(table.kind == "student") & (table.epochs > 0)]
-    text = _of_kind(profile, "corpus")[0].metrics
-    parameters = trained.run.iloc[0].metrics["parameters"]
+    distilled = trained[trained.objective == "kd"].run.iloc[0]
+    student, inputs = distilled.settings["parameters"], distilled.settings["inputs"]
+    targets = table.run[inputs["targets"]].settings
+    teacher = table.run[targets["inputs"]["teacher"]].settings["parameters"]
+    text = table.run[inputs["corpus"]]
+    ensembles = [run.settings["parameters"] for run in table[table.kind == "ensemble"].run]
+    groups = {tuple(one["seeds"]) for one in ensembles if one["student"]["objective"] == "kd"}
+    parameters = distilled.metrics["parameters"]
+    card = text.metrics["card"]
+    read = ("kd_weight", "temperature", "architecture", "layers", "hidden_size", "epochs", "learning_rate")
     values = {
-        "profile": settings.name,
+        "profile": profiles.load(profile).name,
         "runs": len(table),
         "date": max(runs.read_json(run.path / "provenance.json")["started"] for run in table.run)[:10],
         "device": " and ".join(sorted({run.metrics["cost"]["device"] for run in table.run})),
-        "domains": _listed(list(settings.corpus.domains)),
-        "ood": settings.corpus.ood,
-        "train_tokens": text["card"]["splits"]["train"]["tokens"],
-        "test_tokens": text["card"]["splits"]["test"]["tokens"],
-        "near_duplicates": sum(sum(domain["near_duplicates"].values()) for domain in text["card"]["domains"].values()),
-        "block_length": settings.corpus.block_length,
-        "vocabulary": text["vocabulary"]["size"],
-        "teacher": "a small model" if student.teacher == "scratch" else settings.teacher.source,
-        "adaptation": TEACHERS[student.teacher],
-        "targets": TARGETS[targets.kind].format(**targets.model_dump()),
-        "kd_weight": student.kd_weight,
-        "temperature": student.temperature,
-        "architecture": student.architecture,
-        "layers": student.layers,
-        "hidden_size": student.hidden_size,
+        "domains": _listed(list(text.settings["parameters"]["domains"])),
+        "ood": text.settings["parameters"]["ood"],
+        "train_tokens": card["splits"]["train"]["tokens"],
+        "test_tokens": card["splits"]["test"]["tokens"],
+        "near_duplicates": sum(sum(domain["near_duplicates"].values()) for domain in card["domains"].values()),
+        "block_length": text.settings["parameters"]["block_length"],
+        "vocabulary": text.metrics["vocabulary"]["size"],
+        "teacher": "a small model" if teacher["adaptation"] == "scratch" else teacher["source"],
+        "adaptation": TEACHERS[teacher["adaptation"]],
+        "targets": TARGETS[targets["parameters"]["kind"]].format(**targets["parameters"]),
+        **{name: student[name] for name in read},
         "parameters": parameters["total"],
         "non_embedding": parameters["non_embedding"],
-        "epochs": student.epochs,
-        "learning_rate": student.learning_rate,
         "seeds": trained.seed.nunique(),
-        "members": settings.study.members,
-        "repeats": settings.study.repeats,
+        "members": len(next(iter(groups))),
+        "repeats": len(groups),
         "resamples": resamples,
         "minimum": signature(statistics.claim).parameters["minimum"].default,
     }
@@ -108,9 +109,10 @@ def vocabulary(profile: str) -> pd.DataFrame:
 def cost(profile: str) -> pd.DataFrame:
     """Work and quality of every method, and of writing targets, a row each, averaged over runs.
 
-    ``flops``, ``tokens``, ``seconds``, ``peak_memory_bytes`` and ``tokens_per_second`` are of training (of writing,
-    for targets), summed over the members of an ensemble except memory (the largest) and speed (all tokens by all
-    seconds). ``total_flops`` adds what the teacher computed for the targets. ``nll`` is on test text.
+    ``flops``, ``tokens``, ``seconds`` and ``tokens_per_second`` are of training (of writing, for targets), summed over the
+    members of an ensemble; the speed is all tokens by all seconds. ``peak_memory_bytes`` is the most that a run allocated on
+    its GPU, or its process held without one, the evaluation included; of an ensemble that of the largest member.
+    ``total_flops`` adds what the teacher computed for the targets. ``nll`` is on test text.
     """
     models = comparison.models(profile)
     rows = [_written(run) for run in _of_kind(profile, "targets")]
@@ -125,7 +127,8 @@ def cost(profile: str) -> pd.DataFrame:
 
 def _written(run: runs.Run) -> dict:
     metrics = run.metrics
-    seconds = metrics["tokens"] / metrics["tokens_per_second"]
+    # A writer that was killed after its last shard has timed none.
+    seconds = metrics["tokens"] / (metrics["tokens_per_second"] or np.nan)
     found = {name: metrics[name] for name in ("tokens", "flops", "bytes_per_token")}
     return {
         "what": "writing targets",
@@ -143,7 +146,7 @@ def _work(row: pd.Series, models: pd.DataFrame) -> dict:
     if None in training:
         return dict.fromkeys((*names, "peak_memory_bytes"), np.nan)
     summed = {name: sum(part[name] for part in training) for name in names}
-    return summed | {"peak_memory_bytes": max(part["peak_memory_bytes"] for part in training)}
+    return summed | {"peak_memory_bytes": max(_peak(part.metrics["cost"]) for part in parts)}
 
 
 def _peak(cost: dict) -> int:

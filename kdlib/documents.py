@@ -1,8 +1,8 @@
 """From sources to documents: cut, assigned to splits, and free of duplicates across splits.
 
-A *source* (a speech, a chapter, an article, a chat, a recipe) is the unit that is held out and resampled; it is cut
-into *documents* small enough to train on. A document's id is ``<domain>/<name>#<nn>``, its source's the part before
-``#``.
+A *source* (a speech, an article, a chat, a recipe, a chapter or a section of a long one) is the unit that is held out
+and resampled; it is cut into *documents* small enough to train on. A document's id is ``<domain>/<name>#<nn>``, its
+source's the part before ``#``.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ import pandas as pd
 
 from kdlib import sources
 from kdlib.errors import KdlibError
-from kdlib.readers import READERS, Messages, cut
+from kdlib.readers import READERS, SECTION_CHARACTERS, Messages, cut
 
 SHARES = {"train": 0.86, "validation": 0.03, "calibration": 0.03, "test": 0.08}
 # Held-out splits in the order in which they keep a text that two of them hold.
@@ -29,6 +29,7 @@ MAX_CHARACTERS = 4000
 MIN_CHARACTERS = 200
 SHINGLE_WORDS = 8
 NEAR_DUPLICATE = 0.5
+CONTAINED = 0.8
 
 # ChatML, for tokenizers that bring no chat template of their own.
 CHATML = (
@@ -133,8 +134,9 @@ def read_documents(
         },
         "max_characters": max_characters,
         "salt": salt,
-        "note": "The unit that is held out is the source. Chapters of a book, or sections of a long file, are sources "
-        "of their own, so for such text the test measures new chapters of known books.",
+        "note": "The unit that is held out is the source. Chapters of a book are sources of their own, and so is every "
+        f"section of at most {SECTION_CHARACTERS:,} characters of a longer chapter or file. For such text the test measures "
+        "new passages of known books: other sections of the same chapter can lie in train.",
     }
     return table, report
 
@@ -209,9 +211,11 @@ def without_duplicates(documents: pd.DataFrame) -> tuple[pd.DataFrame, dict[str,
     """``documents`` without repeated texts within a split and without near-duplicates across splits.
 
     A document is a near-duplicate if at least half of its shingles (runs of :data:`SHINGLE_WORDS` words in lower case)
-    occur in splits before it in the order test, ood, calibration, validation, train. Containment of exact shingle sets,
-    computed in full rather than estimated by minhash (Broder 1997; Lee et al. 2022). Digits count: with digits folded,
-    tables that share nothing but their form (one country's figures and another's) would be taken for copies.
+    occur in splits before it in the order test, ood, calibration, validation, train; or if at least :data:`CONTAINED`
+    of them occur in a split after it, as those of a text that stands whole inside a longer one do.
+    Containment of exact shingle sets, computed in full rather than estimated by minhash (Broder 1997; Lee et al. 2022).
+    Digits count: with digits folded, tables that share nothing but their form (one country's figures and another's)
+    would be taken for copies.
 
     Returns:
         The documents kept, and how many were removed: ``{domain: {"duplicates": {split: number}, "near_duplicates":
@@ -220,14 +224,19 @@ def without_duplicates(documents: pd.DataFrame) -> tuple[pd.DataFrame, dict[str,
     repeated = documents.duplicated(["split", "text"])
     kept = documents[~repeated]
     shingles, owner = _shingles(kept.text)
-    near = np.zeros(len(kept), dtype=bool)
+    near, before = np.zeros((2, len(kept)), dtype=bool)
     size = np.maximum(np.bincount(owner, minlength=len(kept)), 1)
     earlier: list[np.ndarray] = []
     for split in (*HELD_OUT, "train"):
         inside = (kept.split == split).to_numpy()
-        chosen = inside[owner]
-        shared = np.bincount(owner[chosen][_occur(shingles[chosen], earlier)], minlength=len(kept))
-        near |= inside & (shared >= NEAR_DUPLICATE * size)
+        found = inside[owner]
+        found[found] = _occur(shingles[found], earlier)
+        near |= inside & (np.bincount(owner[found], minlength=len(kept)) >= NEAR_DUPLICATE * size)
+        # What is left of this split can still hold a whole document of a split before it.
+        held = before[owner]
+        held[held] = _occur(shingles[held], [shingles[found & ~near[owner]]])
+        near |= before & (np.bincount(owner[held], minlength=len(kept)) >= CONTAINED * size)
+        before |= inside
         earlier.append(shingles[(inside & ~near)[owner]])
     removed = {"duplicates": documents[repeated], "near_duplicates": kept[near]}
     counts = {

@@ -33,6 +33,8 @@ from transformers import (
 from kdlib.errors import KdlibError
 from kdlib.vocabulary import slice_model
 
+INNER = ("attention", "mlp", "norms", "other")  # components that are neither embedding nor output head
+
 
 def load_tokenizer(source: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a teacher, from what ``load_teacher`` loads.
@@ -295,9 +297,16 @@ def parameters_by_component(model: PreTrainedModel | PeftModel) -> dict[str, int
     A weight tied to the input embedding counts there and not in the head. ``non_embedding`` leaves out embedding and
     head, as N of Kaplan et al. 2020, "Scaling laws for neural language models".
     """
+    counts = dict.fromkeys(("embedding", "attention", "mlp", "norms", "head", "other"), 0)
+    for component, parameter in _components(model):
+        counts[component] += parameter.numel()
+    inner = sum(counts[name] for name in INNER)
+    return counts | {"non_embedding": inner, "total": sum(counts.values())}
+
+
+def _components(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
     plain = _plain(model)
     embeddings = {id(plain.get_input_embeddings().weight)}
-    counts = dict.fromkeys(("embedding", "attention", "mlp", "norms", "head", "other"), 0)
     outputs = {id(parameter) for parameter in plain.get_output_embeddings().parameters()} - embeddings
     for name, parameter in plain.named_parameters():  # shared parameters come once
         if id(parameter) in embeddings or ".wpe." in name:
@@ -310,18 +319,15 @@ def parameters_by_component(model: PreTrainedModel | PeftModel) -> dict[str, int
             component = "attention"
         else:
             component = "mlp" if ".mlp." in name else "other"
-        counts[component] += parameter.numel()
-    inner = sum(counts[name] for name in ("attention", "mlp", "norms", "other"))
-    return counts | {"non_embedding": inner, "total": sum(counts.values())}
+        yield component, parameter
 
 
 def flops_per_token(model: PreTrainedModel | PeftModel, context: int) -> int:
-    """Floating-point operations of a forward pass, per token; a training step costs three times as many.
+    """Floating-point operations of a forward pass, per token; training takes :func:`training_flops_per_token`.
 
     A multiply-add is two operations, so the matrices cost 2 per non-embedding parameter (Kaplan et al. 2020, §2.1), the
     head 2·V·hidden, and attention's two products with ``context`` keys 4·context·width in each layer, masked or not
-    (Hoffmann et al. 2022, "Training compute-optimal large language models", appendix F). The backward pass costs twice
-    the forward.
+    (Hoffmann et al. 2022, "Training compute-optimal large language models", appendix F).
     """
     plain = _plain(model)
     config = plain.config.get_text_config()
@@ -330,6 +336,20 @@ def flops_per_token(model: PreTrainedModel | PeftModel, context: int) -> int:
     )
     matrices = parameters_by_component(model)["non_embedding"] + plain.get_output_embeddings().weight.numel()
     return 2 * matrices + 4 * config.num_hidden_layers * context * width
+
+
+def training_flops_per_token(model: PreTrainedModel | PeftModel, context: int) -> int:
+    """Floating-point operations of a forward and a backward pass, per token, with the model's parameters as frozen as they are.
+
+    The backward pass costs twice the forward (Hoffmann et al. 2022, appendix F): half of it is the gradient that a layer
+    hands down, half that of its weights. A frozen matrix, as under adapters (Hu et al. 2022, §4.2), needs no gradient of
+    its own: 2 less per parameter. Each layer is taken to hand a gradient down, so parameters frozen below all trained ones
+    cost a little less than counted.
+    """
+    counted = [parameter for component, parameter in _components(model) if component in INNER]
+    counted.append(_plain(model).get_output_embeddings().weight)
+    frozen = sum(parameter.numel() for parameter in counted if not parameter.requires_grad)
+    return 3 * flops_per_token(model, context) - 2 * frozen
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, card: dict) -> None:

@@ -4,9 +4,11 @@ A run's id comes from :meth:`Parameters.identity`, so whatever cannot change a r
 """
 
 import math
+import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from kdlib.schedules import Schedule, Stage
 
@@ -21,19 +23,24 @@ Multipliers = dict[str, Annotated[float, Field(ge=0)]]
 # than unbiased draws; kdlib.losses.divergences says why.
 ON_OUTCOMES = ("reverse_kl", "jeffreys", "jsd", "skewed_kl", "skewed_reverse_kl", "tvd")
 ON_LOGITS = ("logit_mse", "sinkhorn", "mutual_information")
+# Options of a divergence: what a value must be, in words and as a test. The losses refuse the same values, but only in the run.
+_INSIDE = ("between 0 and 1, both excluded", lambda value: 0 < value < 1)
+_ABOVE = ("above 0", lambda value: value > 0)
+_COUNT = ("a whole number, 1 or more", lambda value: isinstance(value, int) and value >= 1)
+_GROUP = ("a whole number, 2 or more", lambda value: isinstance(value, int) and value >= 2)
 OPTIONS = {
-    "jsd": ("beta",),
-    "skewed_kl": ("alpha",),
-    "skewed_reverse_kl": ("alpha",),
-    "sinkhorn": ("group", "regularisation", "iterations"),
-    "mutual_information": ("group", "critic_temperature"),
+    "jsd": {"beta": _INSIDE},
+    "skewed_kl": {"alpha": _INSIDE},
+    "skewed_reverse_kl": {"alpha": _INSIDE},
+    "sinkhorn": {"group": _COUNT, "regularisation": _ABOVE, "iterations": _COUNT},
+    "mutual_information": {"group": _GROUP, "critic_temperature": _ABOVE},
 }
 
 
 class Parameters(BaseModel):
     """Parameters of one notebook: unknown names and values out of range are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     profile: str = Field(
         description="profile whose other sections are the run's upstream: a name or a path to a .yaml file"
@@ -141,6 +148,12 @@ class TargetParameters(Parameters):
     seed: int = Field(ge=0, description="of the draws")
     precision: Precision = Field(description="autocast of the teacher's forward pass")
 
+    @field_validator("source")
+    @classmethod
+    def _a_files_path_is_whole(cls, source):
+        # The run may be made from another folder than this one.
+        return str(Path(source).expanduser().resolve()) if source.endswith(".h5") else source
+
     @model_validator(mode="after")
     def _dense_is_the_source(self):
         if self.kind == self.source == "dense":
@@ -176,12 +189,12 @@ class TargetParameters(Parameters):
 class Selection(BaseModel):
     """Part of the training text, or all of it weighted, by what the teacher or a student makes of its documents."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     by: Literal["teacher_entropy", "teacher_nll", "student_nll"] | None = Field(
         None,
-        description="mean over a document's tokens of the teacher's entropy, its loss, or that of the profile's first "
-        "cross-entropy student (not mode=random)",
+        description="mean over a document's tokens of the teacher's entropy or its loss, both at the temperature of the "
+        "targets (dense: at 1), or of the loss of the profile's first cross-entropy student (not mode=random)",
     )
     mode: Literal["highest", "lowest", "middle", "random", "weighted"] = Field(
         description="which documents of that order come first; weighted: all are kept, and the loss of a token has the weight "
@@ -191,7 +204,7 @@ class Selection(BaseModel):
         None, gt=0, lt=1, description="tokens kept, as a share of the train split's (not mode=weighted)"
     )
     temperature: float | None = Field(None, gt=0, le=100, description="in nats, of mode=weighted")
-    domains: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = Field(
+    domains: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
         None,
         min_length=1,
         description="carrier: its share of the tokens kept, chosen by the mode within each (not mode=weighted); "
@@ -286,6 +299,19 @@ class StudentParameters(TrainingParameters):
         return self
 
     @model_validator(mode="after")
+    def _multipliers_can_be_applied(self):
+        for multipliers in (self.learning_rate_multipliers, *(stage.learning_rate_multipliers for stage in self.stages)):
+            for pattern in multipliers:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ValueError(
+                        f"learning_rate_multipliers are named by regular expressions on parameter names; {pattern!r} is malformed "
+                        f"({error}); put a backslash before a character that stands for itself"
+                    ) from None
+        return self
+
+    @model_validator(mode="after")
     def _settings_agree(self):
         needs_teacher = {
             "feature": self.feature != "none",
@@ -298,11 +324,15 @@ class StudentParameters(TrainingParameters):
             raise ValueError(f"fresh_draws are of cached targets, objective=kd; found {self.objective}")
         if self.divergence != "forward_kl" and self.objective == "ce":
             raise ValueError(f"divergence {self.divergence} needs a teacher; found objective ce")
-        allowed = OPTIONS.get(self.divergence, ())
+        allowed = OPTIONS.get(self.divergence, {})
         if not set(self.divergence_options) <= set(allowed):
             raise ValueError(
                 f"divergence {self.divergence} takes the options {', '.join(allowed) or 'none'}; found {self.divergence_options}"
             )
+        for option, value in self.divergence_options.items():
+            expected, holds = allowed[option]
+            if not holds(value):
+                raise ValueError(f"{option} of divergence {self.divergence} must be {expected}; found {value}")
         weight, temperature = self.kd_weight_schedule, self.temperature_schedule
         if weight and not all(0 <= end <= 1 for end in (weight.start, weight.end)):
             raise ValueError(f"kd_weight_schedule must lie in 0..1; found {weight.start} to {weight.end}")
@@ -317,7 +347,7 @@ class StudentParameters(TrainingParameters):
         if self.selection and self.selection.mode == "weighted":
             if self.feature != "none":
                 raise ValueError(f"feature losses are not weighted; leave out selection or feature {self.feature}")
-            if "group" in OPTIONS.get(self.divergence, ()):
+            if "group" in allowed:
                 raise ValueError(
                     f"divergence {self.divergence} compares tokens in groups, so a single token has no loss to weight; leave out "
                     "selection, or choose another divergence"
@@ -346,6 +376,10 @@ class StudentParameters(TrainingParameters):
     def identity(self) -> dict[str, Any]:
         """Cross-entropy reads neither teacher, weight nor temperature; targets count as the run that they come from."""
         values = super().identity()
+        for part in (values, *values.get("stages", [])):
+            # The first match wins, and an id does not see the order in which a mapping names things; that of a list it does.
+            if multipliers := part["learning_rate_multipliers"]:
+                part["learning_rate_multipliers"] = [list(pair) for pair in multipliers.items()]
         unread = {"targets", "fresh_draws"}
         if self.objective == "ce":
             unread |= {"kd_weight", "temperature", "kd_weight_schedule"}
@@ -368,7 +402,7 @@ class FidelityParameters(Parameters):
     student: dict[str, Any] = Field(description="what sets the student apart from the profile's student section")
     seed: int = Field(ge=0, description="of the student")
     tokens: PositiveInt = Field(description="tokens of train text for the gradients, and of test text for the KL")
-    precision: Precision = Field(description="autocast of teacher and student")
+    precision: Precision = Field(description="autocast of the teacher's forward pass")
 
 
 class EnsembleParameters(Parameters):
@@ -378,6 +412,14 @@ class EnsembleParameters(Parameters):
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, description="one member a seed")
     pool: Pool = Field(description="probability: arithmetic mean of distributions; logit: geometric mean, renormalised")
     precision: Precision = Field(description="autocast of the evaluation")
+
+    @model_validator(mode="after")
+    def _members_differ(self):
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(
+                f"a member is a seed, and one that is there twice is one member; found seeds {self.seeds}; name each once"
+            )
+        return self
 
 
 class AnalysisParameters(Parameters):

@@ -3,12 +3,15 @@
 Ids follow from settings alone, so the whole plan of a study is known before anything is computed, and without torch.
 """
 
-import json
+import math
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from typing import Any
+
+import yaml
 
 from kdlib import runs, sources
 from kdlib.errors import KdlibError
@@ -121,7 +124,8 @@ def step(values: Parameters, label: str = "") -> Step:
     if kind == "targets":
         inputs["teacher"] = step(parameters("02_teacher", profile, adaptation=values.teacher))
         if values.source == "dense":
-            inputs["dense"] = step(parameters("03_targets", profile, teacher=values.teacher, kind="dense", source="teacher"))
+            whole = {"kind": "dense", "source": "teacher", "precision": values.precision}
+            inputs["dense"] = step(parameters("03_targets", profile, teacher=values.teacher, **whole))
         return Step(kind, values, inputs, label or f"targets {values.kind}")
     if kind == "fidelity":
         student = parameters("04_student", profile, **{**values.student, "seed": values.seed})
@@ -159,6 +163,12 @@ def _student_inputs(values: StudentParameters) -> dict[str, Step]:
             raise KdlibError(
                 "fresh_draws need targets that are drawn from dense ones; expected targets with source dense and kind sampled or "
                 f"topk_sampled, found source {targets.source} and kind {targets.kind}."
+            )
+        if targets.kind != "dense" and targets.temperature != values.temperature:
+            raise KdlibError(
+                f"The student has temperature {values.temperature}, and its targets would be kept at {targets.temperature}; a sampled or "
+                "truncated distribution cannot be re-tempered. Leave temperature out of targets, since they follow the student's, "
+                "or use kind dense, which serves any."
             )
         if values.objective == "kd":
             _refuse_unserved(values.divergence, targets)
@@ -303,15 +313,22 @@ def _entries(steps: Sequence[Step]) -> list[dict]:
 def changes(one: Step) -> dict:
     """The parameters in which a step differs from its profile's section: what its command line has to say."""
     base = parameters(NOTEBOOK[one.kind], one.parameters.profile).model_dump()
-    return {name: value for name, value in one.parameters.model_dump().items() if base[name] != value}
+    # As text, because the order of learning_rate_multipliers counts.
+    return {name: value for name, value in one.parameters.model_dump().items() if repr(base[name]) != repr(value)}
 
 
 def command(one: Step) -> str:
     """The shell command that makes a step."""
     words = ["python", "-m", "kdlib.run", f"notebooks/{NOTEBOOK[one.kind]}.ipynb", "--profile", one.parameters.profile]
     for name, value in changes(one).items():
-        words += ["--set", f"{name}={json.dumps(value)}"]
+        words += ["--set", f"{name}={_yaml(value)}"]
     return shlex.join(words)
+
+
+def _yaml(value: Any) -> str:
+    """A value as kdlib.run reads it back, in ASCII. Not as JSON, whose 5e-05 and pairs of surrogates YAML reads as other things."""
+    # In a list, or a number alone would be followed by a mark of the document's end.
+    return yaml.safe_dump([value], default_flow_style=True, sort_keys=False, width=math.inf)[1:-2]
 
 
 if __name__ == "__main__":

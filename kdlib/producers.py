@@ -1,8 +1,10 @@
 """How a run of each kind is made. Everything expensive happens here; ``make`` returns what exists and makes what does not."""
 
+import argparse
 import gc
 import resource
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +23,7 @@ from kdlib import (
     initialisation,
     low_precision,
     models,
+    plan,
     progress,
     runs,
     selection,
@@ -37,7 +40,7 @@ from kdlib.evaluation import Evaluation, evaluate, predicting_positions
 from kdlib.losses import balance
 from kdlib.losses.features import FeatureLoss
 from kdlib.plan import Step
-from kdlib.training import train_model
+from kdlib.training import discard_checkpoints, train_model
 
 if progress.batch():
     transformers.utils.logging.disable_progress_bar()
@@ -45,13 +48,19 @@ if progress.batch():
 SPLITS = ("validation", "calibration", "test", "ood")
 
 
-def make(step: Step) -> runs.Run:
-    """The run that ``step`` describes; it, and whatever it reads, is made now unless it exists."""
-    if found := runs.find(step.parameters.profile, step.id):
+def make(step: Step, with_artefact: bool = False) -> runs.Run:
+    """The run that ``step`` describes; it, and whatever it reads, is made now unless it exists.
+
+    A clone holds the results of runs, but no data, targets or models. Where these are read they are made again, and with
+    ``with_artefact`` also those of this very run; the results stay as they are.
+    """
+    profile = step.parameters.profile
+    if found := runs.find(profile, step.id, with_artefact):
         return found
     low_precision.require(getattr(step.parameters, "low_precision", "none"))
-    inputs = {name: make(upstream) for name, upstream in step.inputs.items()}
-    print(f"making {step.label} ({step.id})", flush=True)
+    inputs = {name: make(upstream, with_artefact=True) for name, upstream in step.inputs.items()}
+    again = " again, of which only the results are here" if runs.find(profile, step.id) else ""
+    print(f"making {step.label} ({step.id}){again}", flush=True)
 
     def produce(folder: Path) -> dict:
         started = time.perf_counter()
@@ -61,7 +70,7 @@ def make(step: Step) -> runs.Run:
         gc.collect()
         return metrics | {"cost": _cost(time.perf_counter() - started)}
 
-    return runs.make(step.parameters.profile, step.id, step.settings, produce)
+    return runs.make(profile, step.id, step.settings, produce, with_artefact)
 
 
 def _cost(seconds: float) -> dict:
@@ -177,7 +186,7 @@ def _targets_teacher(step: Step, inputs: dict, split: corpus.Split, tokenizer):
     """Whoever is asked for targets: the profile's teacher, its dense targets, a server or a file."""
     values = step.parameters
     if values.source == "dense":
-        return DenseTeacher(_open_targets(inputs | {"targets": inputs["dense"]}, split, 1.0))
+        return DenseTeacher(open_targets(inputs | {"targets": inputs["dense"]}, split, 1.0))
     if values.source == "teacher":
         model = load_model(inputs["teacher"])
         rows = 8 if model.device.type == "cpu" else 64
@@ -216,7 +225,7 @@ def _student(step: Step, inputs: dict, folder: Path) -> dict:
         model = initialisation.initialise(model, teacher, values.initialisation)
     if values.noise:
         model = initialisation.perturb(model, values.noise, values.seed)
-    targets = _open_targets(inputs, data["train"], values.temperature) if "targets" in inputs else None
+    targets = open_targets(inputs, data["train"], values.temperature) if "targets" in inputs else None
     data["train"], kept, weights = _text(step, inputs, data["train"], teacher, targets, block_length)
     loop = values.objective == "online_kd"
     training = train_model(
@@ -240,7 +249,7 @@ def _student(step: Step, inputs: dict, folder: Path) -> dict:
         multipliers=values.learning_rate_multipliers,
     )
     if loop:
-        training["teacher_flops"] = models.flops_per_token(teacher, block_length) * training["tokens"]
+        training["teacher_flops"] = models.flops_per_token(teacher, block_length) * training["teacher_tokens"]
     evaluation = _evaluate(model, data, block_length, values.precision)
     metrics = _store(folder, evaluation) | {"training": training, "parameters": models.parameters_by_component(model)}
     _save(model, tokenizer, folder, step, metrics)
@@ -255,7 +264,8 @@ def _untrained(values, tokenizer, block_length: int):
     return models.build(shape, tokenizer, block_length, values.seed, attention).to(_device())
 
 
-def _open_targets(inputs: dict, split: corpus.Split, temperature: float) -> TargetCache:
+def open_targets(inputs: dict[str, runs.Run], split: corpus.Split, temperature: float) -> TargetCache:
+    """The targets that a run reads as its input ``targets``, checked to be those of its input ``corpus``."""
     expected = target_guard(inputs["corpus"], split, _whose(inputs["targets"].settings))
     return TargetCache(inputs["targets"].path / "targets", expected, temperature)
 
@@ -323,7 +333,7 @@ def _fidelity(step: Step, inputs: dict, folder: Path) -> dict:
     settings = step.inputs["student"].parameters
     student = load_model(inputs["student"])
     teacher = ModelTeacher(load_model(inputs["teacher"]), models.precision(values.precision))
-    cache = _open_targets(inputs, data["train"], settings.temperature)
+    cache = open_targets(inputs, data["train"], settings.temperature)
     rows = max(1, values.tokens // block_length)
     # Spread over the split, the same rows for every cache and student.
     train, test = (
@@ -366,6 +376,8 @@ def _save(model, tokenizer, folder: Path, step: Step, metrics: dict) -> None:
         shutil.rmtree(rest, ignore_errors=True)
     shown = {name: metrics["evaluation"][name] for name in ("test", "ood")}
     models.save(model, tokenizer, folder / "model", {"run": step.id, "settings": step.settings, "evaluation": shown})
+    # Not before: a run that is killed while it evaluates has trained already.
+    discard_checkpoints(folder)
 
 
 def _data(run: runs.Run) -> dict[str, corpus.Split]:
@@ -396,7 +408,7 @@ def load_model(run: runs.Run) -> torch.nn.Module:
     folder = run.path / "model"
     if not folder.is_dir():
         raise KdlibError(
-            f"{run.id} holds results but no model (models are not committed). Delete {run.path} and run its notebook again."
+            f"{run.id} holds results but no model (models are not committed). Have it made: producers.make(step, with_artefact=True)."
         )
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
@@ -427,14 +439,14 @@ PRODUCERS: dict[str, Callable[[Step, dict, Path], dict]] = {
 }
 
 
-if __name__ == "__main__":
-    # Without a pipeline engine: one process and one warm compile cache, or several side by side on a large GPU.
-    import argparse
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of ``python -m kdlib.producers``, the pipeline without its engine; returns the exit status.
 
-    from kdlib import plan
-
+    One process keeps what it has compiled, and several share a large GPU.
+    """
     parser = argparse.ArgumentParser(
-        description="Make the runs of a profile's comparison in this process; what exists is kept."
+        prog="python -m kdlib.producers",
+        description="Make the runs of a profile's comparison in this process; what exists is kept.",
     )
     parser.add_argument("--profile", required=True)
     parser.add_argument("--grids", nargs="+", default=[], help="instead, those of these grids, or of all")
@@ -442,15 +454,29 @@ if __name__ == "__main__":
         "--kinds", nargs="+", choices=list(PRODUCERS), default=list(PRODUCERS), help="only runs of these kinds"
     )
     parser.add_argument(
-        "--share", default="0/1", help="I/N: only every N-th of them, from the I-th; for N processes side by side"
+        "--share",
+        default="0/1",
+        metavar="I/N",
+        help="only every N-th of them, from the I-th (0 is the first); for N processes side by side",
     )
-    options = parser.parse_args()
-    first, every = map(int, options.share.split("/"))
-    plan.write(options.profile, plan.begun(options.profile, options.grids))
-    wanted = plan.comparison(options.profile)
-    if options.grids:
-        wanted = [one for name in plan.asked_grids(options.profile, options.grids) for one in plan.grid(options.profile, name)]
-    mine = [one for one in wanted if one.kind in options.kinds][first::every]
-    for number, one in enumerate(mine, 1):
-        started = time.perf_counter()
-        print(f"[{number}/{len(mine)}] {one.label}: {make(one).id} ({time.perf_counter() - started:.0f} s)", flush=True)
+    options = parser.parse_args(arguments)
+    first, slash, every = options.share.partition("/")
+    if not (slash and first.isdecimal() and every.isdecimal() and int(first) < int(every)):
+        parser.error(f"--share takes I/N with I from 0 to N - 1, as in 0/2 and 1/2; found {options.share}")
+    try:
+        plan.write(options.profile, plan.begun(options.profile, options.grids))
+        grids = plan.asked_grids(options.profile, options.grids)
+        wanted = [one for name in grids for one in plan.grid(options.profile, name)] or plan.comparison(options.profile)
+        mine = [one for one in wanted if one.kind in options.kinds][int(first) :: int(every)]
+        for number, one in enumerate(mine, 1):
+            started = time.perf_counter()
+            run = make(one)
+            print(f"[{number}/{len(mine)}] {one.label}: {run.id} ({time.perf_counter() - started:.0f} s)", flush=True)
+    except KdlibError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

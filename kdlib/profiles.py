@@ -37,6 +37,8 @@ UNUSED = {
     "online_kd": ("fresh_draws",),
 }
 GRIDS = ("targets", "weights", "losses", "features", "initialisation", "data")
+# Notebooks whose globals held parameters alone when they were first looked at in this process.
+_seen: set[str] = set()
 
 
 class Grid(BaseModel):
@@ -81,6 +83,15 @@ class Study(BaseModel):
     )
     grids: dict[Literal[GRIDS], Grid] = Field({}, description="further studies, each made when it is asked for by name")
 
+    @model_validator(mode="after")
+    def _paper_has_what_it_shows(self):
+        if not {"ce", "kd"} <= set(self.objectives) or "probability" not in self.pools:
+            raise ValueError(
+                "the paper compares students with and without a teacher, alone and pooled; expected objectives with ce and kd and "
+                f"pools with probability, found {self.objectives} and {self.pools}; add what is missing"
+            )
+        return self
+
 
 class Profile(BaseModel):
     """One study: a section per producer notebook, and the comparison they are run for."""
@@ -97,6 +108,32 @@ class Profile(BaseModel):
     ensemble: EnsembleParameters
     analysis: AnalysisParameters
     study: Study
+
+    @model_validator(mode="after")
+    def _teachers_agree(self):
+        named = [self.teacher.adaptation, self.targets.teacher, self.student.teacher]
+        if len(set(named)) > 1 or named[0] not in self.study.teachers:
+            raise ValueError(
+                "teacher.adaptation, targets.teacher and student.teacher must name one teacher, the one that the study's students "
+                f"learn from, and study.teachers must hold it; found {', '.join(named)} and {self.study.teachers}; "
+                "write the same adaptation in all of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _students_share_what_they_read(self):
+        student, chosen = self.student, self.student.selection
+        refused = {
+            "fresh_draws": student.fresh_draws,
+            "targets of source dense": student.targets.get("source", self.targets.source) == "dense",
+            "selection by student_nll": chosen is not None and chosen.by == "student_nll",
+        }
+        if found := [name for name, asked in refused.items() if asked]:
+            raise ValueError(
+                "the tables of a comparison have one run of targets, and no student but those compared, while "
+                f"{' and '.join(found)} would add further ones; say so in a grid (study: grids), not in a profile's sections"
+            )
+        return self
 
 
 # Each notebook's parameter model and the profile section that fills it.
@@ -130,13 +167,18 @@ def load(name: str) -> Profile:
     """The profile called ``name`` (or in the .yaml file ``name``), checked.
 
     Raises:
-        KdlibError: no such profile, not YAML, or a section with an unknown name or a value out of range.
+        KdlibError: no such profile, another one's name, not YAML, or a section with an unknown name or a value out of range.
     """
     given = name.endswith((".yaml", ".yml"))
     path = Path(name).resolve() if given else REPOSITORY / "profiles" / f"{name}.yaml"
     if not (path.is_file() if given else name in available()):
         raise KdlibError(
             f"Unknown profile {name!r}. Expected one of {', '.join(available())}, or the path of a .yaml file."
+        )
+    if path.stem in available() and path != REPOSITORY / "profiles" / f"{path.stem}.yaml":
+        raise KdlibError(
+            f"Results are kept by a profile's name, and those of {path} would lie among those of the project's own {path.stem!r}. "
+            f"Expected none of {', '.join(available())}: give the file another name, and the name in it."
         )
     return _loaded(name, path, path.stat().st_mtime_ns)
 
@@ -184,7 +226,7 @@ def from_notebook(notebook: str, namespace: dict[str, Any]) -> Parameters:
     """The checked parameters found among a notebook's globals, called in the cell after the parameters cell.
 
     papermill adds a misspelt parameter as a new global without complaint, so plain-valued globals that the notebook does
-    not declare are refused too.
+    not declare are refused too. Once in a process: when its cells are run again, their own results are among the globals.
     """
     model, _ = NOTEBOOKS[notebook]
     ours = {
@@ -194,8 +236,11 @@ def from_notebook(notebook: str, namespace: dict[str, Any]) -> Parameters:
         and name not in {"In", "Out"}
         and (value is None or isinstance(value, str | bool | int | float | list | dict | tuple))
     }
-    _refuse_unknown(model, ours, notebook)
-    checked = _validated(model, ours, f"notebook {notebook}")
+    if notebook not in _seen:
+        _refuse_unknown(model, ours, notebook)
+        _seen.add(notebook)
+    declared = {name: value for name, value in ours.items() if name in model.model_fields}
+    checked = _validated(model, declared, f"notebook {notebook}")
     load(checked.profile)
     return checked
 
@@ -215,6 +260,7 @@ def _validated(model: type[BaseModel], values: dict, where: str):
         problems = []
         for problem in error.errors():
             place = ".".join(str(part) for part in problem["loc"]) or "settings"
-            found = "" if problem["type"] == "missing" else f" (found {problem['input']!r})"
-            problems.append(f"{place}: {problem['msg']}{found}")
+            # Our own validators say what they found; their input would be the whole section, or the whole profile.
+            found = "" if problem["type"] in ("missing", "value_error") else f" (found {problem['input']!r})"
+            problems.append(f"{place}: {problem['msg'].removeprefix('Value error, ')}{found}")
         raise KdlibError(f"Bad {where}. " + "; ".join(problems) + ".") from None

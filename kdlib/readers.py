@@ -107,11 +107,12 @@ def encyclopaedia(path: Path, source: Source) -> Named:
 
 
 def fiction(path: Path, source: Source) -> Named:
-    """Chapters or stories of books; long ones in sections."""
+    """Chapters or stories of books; long ones in sections. Every section is a source of its own."""
     for name, book in _members(path, source):
         title = PurePosixPath(name).stem
         for number, chapter in enumerate(_chapters(book.strip())):
-            # Different chapters of a book may stand in different splits: books are too few to give every split one.
+            # Sections of one book, even of one chapter, may stand in different splits: books are too few to give every
+            # split one.
             for section, text in enumerate(cut(_unwrapped(chapter), SECTION_CHARACTERS)):
                 yield f"{title}/{number:03d}.{section}", text
 
@@ -204,7 +205,10 @@ def news(path: Path, source: Source) -> Named:
 
 
 def text(path: Path, source: Source) -> Named:
-    """Your own ``.txt`` files (long ones in sections), and ``.jsonl`` with text or messages in ``text_column``."""
+    """Your own ``.txt`` files (long ones in sections), and ``.jsonl`` with text or messages in ``text_column``.
+
+    Every section and every record is a source of its own.
+    """
     for name, content in _members(path, source):
         if not content.strip():
             raise KdlibError(
@@ -216,7 +220,8 @@ def text(path: Path, source: Source) -> Named:
                 (f"{name}/{number:05d}" if len(pieces) > 1 else name, piece) for number, piece in enumerate(pieces)
             )
             continue
-        for number, line in enumerate(content.splitlines(), 1):
+        # Not splitlines(): JSON lets a string hold U+2028 and other ends of lines as they are.
+        for number, line in enumerate(content.removesuffix("\n").split("\n"), 1):
             try:
                 record = json.loads(line)[source.text_column]
             except (ValueError, KeyError, TypeError) as error:
@@ -224,6 +229,7 @@ def text(path: Path, source: Source) -> Named:
                     f"Line {number} of {name} in {path} is not a JSON object with a field {source.text_column!r} "
                     f"({type(error).__name__}: {error}). Correct the line, or 'text_column' of the source."
                 ) from error
+            _check(record, f"Line {number} of {name} in {path}", source)
             if not record:
                 raise KdlibError(
                     f"Line {number} of {name} in {path} has an empty {source.text_column!r}. Remove the line."
@@ -241,7 +247,20 @@ def hub(path: Path, source: Source) -> Named:
                 f"Data set {source.id} has the columns {', '.join(row)}; expected {source.text_column!r} among them. "
                 "Correct 'text_column' of the source."
             )
+        _check(row[source.text_column], f"Row {number} of data set {source.id}", source)
         yield f"{source.split}/{number:09d}", row[source.text_column]
+
+
+def _check(record: object, where: str, source: Source) -> None:
+    def is_message(item: object) -> bool:
+        return isinstance(item, dict) and all(isinstance(item.get(key), str) for key in ("role", "content"))
+
+    wrong = [item for item in (record if isinstance(record, list) else [record]) if not is_message(item)]
+    if wrong and not isinstance(record, str):
+        raise KdlibError(
+            f"{where} has {wrong[0]!r:.80} in {source.text_column!r}; expected a text, or a chat as a list of messages "
+            '{"role": "user", "content": "…"} with text in both fields. Correct it, or \'text_column\' of the source.'
+        )
 
 
 READERS = {

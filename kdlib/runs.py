@@ -25,6 +25,8 @@ import pandas as pd
 from kdlib.errors import KdlibError
 from kdlib.profiles import REPOSITORY
 
+# What later runs read of a run. It is large and not committed, so that a clone holds the results of runs alone.
+ARTEFACTS = {"corpus": "data", "teacher": "model", "targets": "targets", "student": "model", "ensemble": "model"}
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "numpy", "pandas", "scipy")
 
 
@@ -57,8 +59,13 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """corpus, teacher, targets, student or ensemble."""
+        """corpus, teacher, targets, student, ensemble or fidelity."""
         return self.id.rsplit("-", 1)[0]
+
+    @property
+    def artefact(self) -> Path | None:
+        """What later runs read of it: data, targets or a model. None for a fidelity, which nothing reads."""
+        return self.path / ARTEFACTS[self.kind] if self.kind in ARTEFACTS else None
 
     @property
     def settings(self) -> dict:
@@ -92,53 +99,64 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
-def find(profile: str, run_id: str) -> Run | None:
-    """The finished run of that id, if there is one."""
-    path = results(profile) / "runs" / run_id
-    return Run(path) if (path / "metrics.json").is_file() else None
+def find(profile: str, run_id: str, with_artefact: bool = False) -> Run | None:
+    """The finished run of that id, if there is one; ``with_artefact``: only with what later runs read of it."""
+    run = Run(results(profile) / "runs" / run_id)
+    lacks = with_artefact and run.artefact is not None and not run.artefact.is_dir()
+    return run if (run.path / "metrics.json").is_file() and not lacks else None
 
 
-def make(profile: str, run_id: str, settings: dict, produce: Callable[[Path], dict]) -> Run:
-    """The run ``run_id``, made by ``produce`` unless it exists.
+def make(
+    profile: str, run_id: str, settings: dict, produce: Callable[[Path], dict], with_artefact: bool = False
+) -> Run:
+    """The run ``run_id``, made by ``produce`` unless it exists. While another process makes it, this one waits.
 
     Args:
         settings: what ``run_id`` is a hash of; kept in the run.
         produce: called with the working folder, which holds what an interrupted attempt left; returns the metrics.
+        with_artefact: a run that holds its results alone is produced again for what later runs read of it; the results that
+            are there stay.
     """
-    if run := find(profile, run_id):
-        return run
+    if found := find(profile, run_id, with_artefact):
+        return found
     work = results(profile) / "work" / run_id
     work.mkdir(parents=True, exist_ok=True)
     with _locked(work):
-        if run := find(profile, run_id):
-            return run
+        if found := find(profile, run_id, with_artefact):
+            return found
+        work.mkdir(exist_ok=True)
         started = time.time()
         metrics = produce(work)
+        target = Run(results(profile) / "runs" / run_id)
+        if find(profile, run_id):
+            os.replace(work / target.artefact.name, target.artefact)
+            shutil.rmtree(work)
+            return target
         write_json(work / "settings.json", settings)
         write_json(work / "provenance.json", provenance(started))
         write_json(work / "metrics.json", metrics)
-        (work / ".lock").unlink()
-        target = results(profile) / "runs" / run_id
-        if target.exists():  # without metrics.json, or it would have been found: somebody deleted half of it
-            shutil.rmtree(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(work, target)
-    return Run(target)
+        if target.path.exists():  # without metrics.json, or it would have been found: somebody deleted half of it
+            shutil.rmtree(target.path)
+        target.path.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(work, target.path)
+    return target
 
 
 @contextmanager
 def _locked(work: Path):
-    # Two processes asked for one run: the second waits for nothing and says so, since both would write the same files.
+    # Two processes asked for one run, and both would write the same files.
     import fcntl
 
-    with open(work / ".lock", "w") as lock:
+    path = work.with_name(f"{work.name}.lock")
+    with open(path, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise KdlibError(
-                f"Another process is making {work.name} in {work}. Wait for it, or stop it and call again."
-            ) from None
+            print(f"Waiting for another process that is making {work.name} in {work}.", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+        # Only where the run is finished: who still waits for this file, or makes a new one, finds it so.
+        path.unlink(missing_ok=True)
 
 
 def provenance(started: float) -> dict:
@@ -178,11 +196,10 @@ def _processor() -> str:
 
 
 def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(REPOSITORY), *arguments]
     try:
-        return subprocess.run(
-            ["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, timeout=20
-        ).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return ""
 
 

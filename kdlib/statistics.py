@@ -1,6 +1,6 @@
 """Intervals, tests and claims about differences of NLL, from per-document sums alone.
 
-Documents of one source (a book, a chat) resemble each other, and two models err on the same ones, so the unit of
+Documents of one source (a speech, a chat) resemble each other, and two models err on the same ones, so the unit of
 every resample is the *source* and comparisons are paired. The bootstrap is studentised: each resample's difference is
 divided by its own standard error, which keeps the error rate near its nominal value with a few dozen sources of
 unequal size, where the plain percentile interval is too short (Hall, The Bootstrap and Edgeworth Expansion, 1992,

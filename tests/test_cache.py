@@ -618,6 +618,19 @@ def test_dense_targets_are_the_models_distribution_to_half_precision_at_any_temp
     assert about["bytes"] == sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
 
 
+@pytest.mark.parametrize("kind", [DENSE, TOPK, SAMPLED], ids=lambda kind: kind.name)
+def test_the_likeliest_successors_are_those_of_the_targets_themselves(tmp_path, kind):
+    model, split = make_model(0), make_split()
+    write(tmp_path, kind, model, split)
+    cache, where = read(tmp_path, split), predicting(split)[:20]
+    ids, probabilities = cache.likeliest(where, 3)
+    targets = cache.read(where)
+    whole = dense_log_probs(model, split)[where].exp() if kind is DENSE else dense(targets)
+    assert (np.diff(probabilities) <= 0).all()
+    np.testing.assert_allclose(probabilities, whole.topk(3).values, atol=1e-3 if kind is DENSE else 1e-7)
+    np.testing.assert_allclose(whole.gather(1, torch.from_numpy(ids)), probabilities, atol=1e-3 if kind is DENSE else 1e-7)
+
+
 def test_dense_targets_keep_an_output_layers_bias(tmp_path):
     model, split = make_model(0), make_split()
     model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, VOCABULARY))

@@ -402,6 +402,25 @@ def test_half_of_the_shingles_make_a_near_duplicate(copied, kept):
     assert ("d/1" in set(found.source)) == kept
 
 
+@pytest.mark.parametrize(("standing", "kept"), [(102, False), (83, False), (82, True)])
+@pytest.mark.parametrize("split", ["test", "ood", "calibration", "validation"])
+def test_a_held_out_text_inside_a_longer_one_of_train_is_a_near_duplicate(split, standing, kept):
+    held_out = words(1, 102)  # 95 runs of 8 words, standing - 7 of them in train
+    longer = " ".join([words(2, 300), *held_out.split()[:standing], words(3, 300)])
+    texts = [("d", split, held_out), ("d", split, words(4, 102)), ("d", "train", longer)]
+    found, counts = documents.without_duplicates(table_of(texts))
+    assert found.source.tolist() == (["d/0"] if kept else []) + ["d/1", "d/2"]
+    assert counts["d"]["near_duplicates"] == dict.fromkeys(documents.SPLITS, 0) | {split: int(not kept)}
+
+
+def test_a_text_inside_a_longer_one_that_is_itself_removed_stays():
+    inside, test = words(1, 60), words(2, 300)
+    found, _ = documents.without_duplicates(
+        table_of([("d", "test", test), ("d", "validation", inside), ("d", "train", f"{test} {inside}")])
+    )
+    assert found.source.tolist() == ["d/0", "d/1"]
+
+
 def test_containment_agrees_with_sets_of_word_runs():
     draw = random.Random(0)
     pool = [words(seed, 40) for seed in range(12)]
@@ -617,11 +636,38 @@ def test_your_own_files_are_read_and_long_ones_divided_into_sources(tmp_path):
         ("bad.jsonl", '{"text": "one"}\n{"body": "two"}', "Line 2 of bad.jsonl .* field 'text'"),
         ("bad.jsonl", '{"text": "one"}\n{"text": ', "Line 2 of bad.jsonl .* is not a JSON object"),
         ("bad.jsonl", '{"text": ""}', "Line 1 of bad.jsonl .* empty 'text'"),
+        ("bad.jsonl", '{"text": "one"}\n7', "Line 2 of bad.jsonl .* is not a JSON object"),
+        ("bad.jsonl", '{"text": "one"}\n{"text": 7}', "Line 2 of bad.jsonl .* has 7 in 'text'; expected a text"),
+        ("bad.jsonl", '{"text": null}', "Line 1 of bad.jsonl .* has None in 'text'; expected a text, or a chat"),
+        ("bad.jsonl", '{"text": ["hello"]}', "Line 1 of bad.jsonl .* has 'hello' in 'text'.*\"role\": \"user\""),
+        (
+            "bad.jsonl",
+            '{"text": [{"role": "user", "content": "hi"}, {"from": "gpt", "value": "hello"}]}',
+            "Line 1 of bad.jsonl .* has {'from': 'gpt', 'value': 'hello'} in 'text'.*\"role\": \"user\"",
+        ),
+        ("bad.jsonl", '{"text": [{"role": "user", "content": null}]}', "'content': None.*text in both fields"),
     ],
 )
 def test_bad_files_are_named_with_the_place_of_the_fault(tmp_path, name, content, message):
     with pytest.raises(KdlibError, match=message):
         read("text", tmp_path, {name: content})
+
+
+def test_a_record_ends_with_its_line_whatever_other_ends_of_lines_its_text_holds(tmp_path):
+    texts = ["one\u2028two", "three\u2029four", "five\x85six"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    for ending in ("\n", "\r\n"):
+        for last in ("", ending):
+            found = read("text", tmp_path, {"a.jsonl": ending.join(lines) + last})
+            assert list(found.values()) == texts
+            assert list(found) == ["a.jsonl/0000001", "a.jsonl/0000002", "a.jsonl/0000003"]
+
+
+def test_a_row_of_a_hub_data_set_must_hold_a_text_or_a_chat(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": [{"from": "human", "value": "one"}]}')
+    source = HubSource(type="dataset", id="owner/set", revision="abc", licence="none", reader="hub")
+    with pytest.raises(KdlibError, match="Row 0 of data set owner/set has {'from': 'human'.*expected a text"):
+        list(readers.hub(tmp_path, source))
 
 
 def test_a_hub_data_set_is_read_from_its_snapshot_without_a_copy(tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 import fake_notebooks
 import pytest
 
-from kdlib import notebooks, plan, report, runs
+from kdlib import notebooks, plan, producers, report, runs
 from kdlib.profiles import REPOSITORY, available
 
 GRIDS = ("targets",)
@@ -110,6 +110,33 @@ def test_a_run_that_was_killed_ends_with_the_numbers_of_one_that_was_not(study, 
     subprocess.run(words, shell=True, cwd=REPOSITORY, check=True, capture_output=True)
     assert what_was_learned(step.run().metrics) == what_was_learned(resumed)
     monkeypatch.undo()
+
+
+@pytest.mark.slow
+def test_where_only_results_are_left_what_a_missing_run_reads_is_made_again(study, tmp_path, monkeypatch):
+    home, _, _ = study
+    shutil.copytree(home / "results", tmp_path / "results")
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
+    step = next(step for step in plan.study("smoke") if step.kind == "student" and step.parameters.objective == "kd")
+    lost = step.run()
+    learned = what_was_learned(lost.metrics)
+    shutil.rmtree(lost.path)
+    folder = tmp_path / "results" / "smoke" / "runs"
+    for run in folder.iterdir():
+        for artefact in set(runs.ARTEFACTS.values()):
+            shutil.rmtree(run / artefact, ignore_errors=True)
+    before = {path: path.read_bytes() for path in folder.glob("*/*") if path.is_file()}
+    made = producers.make(step)
+    assert what_was_learned(made.metrics) == learned and made.artefact.is_dir()
+    assert {path: path.read_bytes() for path in before} == before, "results that were there stay"
+
+
+def test_side_by_side_shares_are_checked_and_errors_told(capsys):
+    with pytest.raises(SystemExit):
+        producers.main(["--profile", "smoke", "--share", "2/2"])
+    assert "--share takes I/N with I from 0 to N - 1" in capsys.readouterr().err
+    assert producers.main(["--profile", "smok"]) == 2
+    assert "smok" in capsys.readouterr().err
 
 
 @pytest.mark.slow

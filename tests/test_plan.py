@@ -2,9 +2,12 @@ import dataclasses
 import json
 import shlex
 import socket
+import subprocess
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kdlib import plan, profiles, run, runs
 from kdlib.errors import KdlibError
@@ -192,6 +195,10 @@ def test_redrawn_targets_read_the_dense_ones_of_their_teacher():
     )
     with pytest.raises(KdlibError, match="leave out source"):
         profiles.parameters("03_targets", "smoke", source="dense", kind="dense")
+    precise = plan.step(profiles.parameters("03_targets", "smoke", source="dense", precision="bfloat16")).inputs[
+        "dense"
+    ]
+    assert (precise.parameters.kind, precise.parameters.precision) == ("dense", "bfloat16")
 
 
 def test_fresh_draws_are_one_cache_a_student_and_one_pass_of_the_teacher():
@@ -230,6 +237,18 @@ def test_targets_from_outside_count_by_what_they_are_and_not_by_where(tmp_path):
         assert targets(str(tmp_path / "missing.h5")).id
 
 
+def test_a_file_of_targets_is_known_by_its_whole_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.h5").write_bytes(b"one")
+    monkeypatch.chdir(tmp_path)
+    steps = [
+        plan.step(profiles.parameters("03_targets", "smoke", kind="topk", source=source))
+        for source in ("~/a.h5", "a.h5", str(tmp_path / "a.h5"))
+    ]
+    assert {one.parameters.source for one in steps} == {str(tmp_path / "a.h5")}
+    assert len({one.id for one in steps}) == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "inputs"),
     [
@@ -251,9 +270,11 @@ def test_a_student_reads_what_its_settings_ask_for(changes, inputs):
 
 def test_what_a_profiles_sections_say_does_not_lead_in_circles(mine):
     by_student = {"by": "student_nll", "mode": "highest", "share": 0.5}
-    chosen = plan.step(profiles.parameters("04_student", mine("chosen", student={"selection": by_student})))
+    profile = mine("chosen", student={"selection": {"mode": "random", "share": 0.5}})
+    chosen = plan.step(profiles.parameters("04_student", profile, selection=by_student))
     assert chosen.inputs["scorer"].parameters.selection is None
-    redrawn = plan.step(profiles.parameters("03_targets", mine("redrawn", targets={"source": "dense"})))
+    profile = mine("redrawn", targets={"kind": "topk", "source": "http://here:1#m"})
+    redrawn = plan.step(profiles.parameters("03_targets", profile, source="dense"))
     assert redrawn.inputs["dense"].parameters.source == "teacher"
 
 
@@ -286,6 +307,22 @@ def test_targets_that_cannot_serve_a_divergence_are_refused_before_anything_runs
             plan.step(values)
 
 
+@pytest.mark.parametrize("objective", ["kd", "ce"])
+def test_targets_of_another_temperature_than_the_students_are_refused_before_anything_runs(objective):
+    def student(**changes):
+        selection = {"by": "teacher_nll", "mode": "highest", "share": 0.5}
+        return plan.step(
+            profiles.parameters("04_student", "smoke", objective=objective, selection=selection, **changes)
+        )
+
+    with pytest.raises(
+        KdlibError, match="student has temperature 1.0, and its targets would be kept at 2.0.*Leave temperature"
+    ):
+        student(targets={"temperature": 2.0})
+    assert student(targets={"temperature": 2.0}, temperature=2.0).inputs["targets"].parameters.temperature == 2
+    assert student(targets={"temperature": 2.0, "kind": "dense"}).inputs["targets"]
+
+
 def test_sources_are_part_of_the_corpus_they_make(monkeypatch):
     before = {step.kind: step.id for step in plan.study("smoke")}
     plan.study.cache_clear()
@@ -306,6 +343,51 @@ def test_the_command_of_every_step_makes_that_very_step(profile):
             **run.changes(options.set),
         )
         assert plan.step(values).id == step.id
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=6
+)
+
+
+@settings(deadline=None)
+@given(VALUES)
+def test_a_value_on_a_command_line_is_read_back_as_it_was(value):
+    text = plan._yaml(value)
+    assert text.isascii()
+    # As text, since 1, 1.0 and True are equal, and so are mappings in another order.
+    assert repr(run.changes(shlex.split(shlex.join([f"a={text}"])))["a"]) == repr(value)
+
+
+def test_small_numbers_and_any_script_pass_through_a_shell(mine):
+    student = {
+        "learning_rate": 5e-05,
+        "learning_rate_multipliers": {"mlp": 3e-05, "é😀'$HOME": 1e22, "on": 1.0, "": 0.5},
+    }
+    one = plan.step(profiles.parameters("05_ensemble", mine(), student=student))
+    printed = plan.command(one).replace("python -m kdlib.run", r"printf '%s\n'", 1)
+    passed = subprocess.run(["sh", "-c", printed], capture_output=True, text=True, check=True).stdout
+    options = run._options(passed.splitlines())
+    assert run.changes(options.set) == {"student": student}
+    assert plan.step(profiles.parameters("05_ensemble", options.profile, **run.changes(options.set))).id == one.id
+
+
+@pytest.mark.parametrize("stages", [False, True])
+def test_the_order_of_multipliers_makes_another_student_and_its_command_tells_it(mine, stages):
+    # The profile's file has them in the order of their names.
+    orders = {"layers.0": 0.1, "mlp": 1.0}, {"mlp": 1.0, "layers.0": 0.1}
+
+    def student(multipliers):
+        staged = {"stages": [{"share": 1.0, "learning_rate_multipliers": multipliers}]}
+        return staged if stages else {"learning_rate_multipliers": multipliers}
+
+    profile = mine(student=student(orders[0]))
+    one, other = (plan.step(profiles.parameters("04_student", profile, **student(order))) for order in orders)
+    assert one.id != other.id
+    for step in (one, other):
+        changes = run.changes(run._options(shlex.split(plan.command(step))[3:]).set)
+        assert plan.step(profiles.parameters("04_student", profile, **changes)).id == step.id
 
 
 @pytest.mark.parametrize("profile", profiles.available())

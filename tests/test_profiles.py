@@ -5,6 +5,7 @@ import yaml
 
 from kdlib import profiles
 from kdlib.errors import KdlibError
+from kdlib.parameters import FidelityParameters, Selection
 
 
 def smoke() -> dict:
@@ -54,6 +55,12 @@ def test_an_unknown_profile_is_refused_with_the_known_ones(name):
         ("analysis", "resamples", 10, "analysis.resamples"),
         ("study", "members", 0, "study.members"),
         ("study", "pools", ["mean"], "study.pools"),
+        ("study", "objectives", ["kd"], "expected objectives with ce and kd .*found .'kd'. and .*add what is missing"),
+        ("study", "objectives", ["ce", "online_kd"], "expected objectives with ce and kd"),
+        ("study", "pools", ["logit"], "pools with probability, found .*'logit'"),
+        ("corpus", "domains", {"speeches": float("inf")}, "corpus.domains.speeches.*finite number"),
+        ("student", "warmup", float("nan"), "student.warmup.*finite number"),
+        ("ensemble", "seeds", [1, 2, 1], "ensemble: a member is a seed, .*found seeds .1, 2, 1.; name each once"),
     ],
 )
 def test_a_bad_value_in_a_profile_is_named_with_what_was_expected(tmp_path, section, name, value, told):
@@ -61,6 +68,60 @@ def test_a_bad_value_in_a_profile_is_named_with_what_was_expected(tmp_path, sect
     values[section][name] = value
     with pytest.raises(KdlibError, match=told):
         profiles.load(saved(tmp_path, values))
+
+
+@pytest.mark.parametrize(
+    ("section", "name"),
+    [("teacher", "adaptation"), ("targets", "teacher"), ("student", "teacher"), ("study", "teachers")],
+)
+def test_a_profile_whose_sections_name_several_teachers_is_refused_in_a_few_words(tmp_path, section, name):
+    values = smoke()
+    values[section][name] = ["frozen"] if section == "study" else "full"
+    told = "teacher.adaptation, targets.teacher and student.teacher must name one teacher, .*found .*write the same adaptation"
+    with pytest.raises(KdlibError, match=told) as refused:
+        profiles.load(saved(tmp_path, values))
+    assert len(str(refused.value)) < 500
+
+
+def test_a_profile_may_name_any_one_teacher(tmp_path):
+    values = smoke()
+    for section, name in (("teacher", "adaptation"), ("targets", "teacher"), ("student", "teacher")):
+        values[section][name] = "lora"
+    values["study"]["teachers"] = ["frozen", "lora"]
+    assert profiles.load(saved(tmp_path, values)).student.teacher == "lora"
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "told"),
+    [
+        (
+            "student",
+            {"targets": {"source": "dense"}},
+            "targets of source dense would add further ones; say so in a grid",
+        ),
+        ("targets", {"source": "dense"}, "targets of source dense would add"),
+        ("student", {"fresh_draws": True}, "fresh_draws would add"),
+        (
+            "student",
+            {"fresh_draws": True, "targets": {"source": "dense"}},
+            "fresh_draws and targets of source dense would add",
+        ),
+        (
+            "student",
+            {"selection": {"by": "student_nll", "mode": "highest", "share": 0.5}},
+            "selection by student_nll would add",
+        ),
+    ],
+)
+def test_students_whose_comparison_would_hold_further_runs_belong_in_a_grid(tmp_path, section, change, told):
+    values = smoke()
+    values[section] |= change
+    with pytest.raises(KdlibError, match=told):
+        profiles.load(saved(tmp_path, values))
+    values = smoke()
+    cell = {"targets": change} if section == "targets" else change
+    values["study"]["grids"] = {"data": {"seeds": [1], "students": {"one": cell}}}
+    assert profiles.load(saved(tmp_path, values))
 
 
 def test_a_missing_parameter_is_named(tmp_path):
@@ -93,6 +154,15 @@ def test_a_profile_has_the_name_of_its_file(tmp_path):
         profiles.load(str(path))
 
 
+def test_a_profile_elsewhere_cannot_have_the_name_of_one_that_ships(tmp_path):
+    path = tmp_path / "smoke.yaml"
+    path.write_text(yaml.safe_dump(smoke()))
+    with pytest.raises(KdlibError, match="lie among those of the project's own 'smoke'.*give the file another name"):
+        profiles.load(str(path))
+    shipped = profiles.REPOSITORY / "profiles" / "smoke.yaml"
+    assert profiles.load(str(shipped)).name == "smoke"
+
+
 def test_changes_lie_on_top_of_the_profiles_section():
     found = profiles.parameters("04_student", "smoke", seed=7, objective="ce")
     section = smoke()["student"]
@@ -117,16 +187,35 @@ def test_an_unknown_notebook_is_refused():
         profiles.parameters("04_studnet", "smoke")
 
 
-def test_a_notebooks_globals_are_checked_and_imports_ignored():
+@pytest.fixture
+def kernel(monkeypatch):
+    """A process in which no notebook has run."""
+    monkeypatch.setattr(profiles, "_seen", set())
+
+
+def test_a_notebooks_globals_are_checked_and_imports_ignored(kernel):
     others = {"profiles": profiles, "np": types.ModuleType("np"), "f": len, "_i": "typed", "In": [""], "__name__": "a"}
     namespace = profiles.parameters("04_student", "smoke").model_dump() | others
     assert profiles.from_notebook("04_student", namespace) == profiles.parameters("04_student", "smoke")
 
 
-def test_a_global_that_papermill_added_by_a_misspelt_name_is_refused():
+def test_a_global_that_papermill_added_by_a_misspelt_name_is_refused(kernel):
     namespace = {**profiles.parameters("04_student", "smoke").model_dump(), "sead": 3}
-    with pytest.raises(KdlibError, match="Unknown parameter 'sead'.*Did you mean 'seed'"):
-        profiles.from_notebook("04_student", namespace)
+    for _ in range(2):
+        with pytest.raises(KdlibError, match="Unknown parameter 'sead'.*Did you mean 'seed'"):
+            profiles.from_notebook("04_student", namespace)
+
+
+def test_a_notebook_runs_again_in_the_same_kernel_among_the_globals_of_its_own_cells(kernel):
+    namespace = profiles.parameters("04_student", "smoke").model_dump()
+    first = profiles.from_notebook("04_student", namespace)
+    assert profiles.from_notebook("04_student", {**namespace, "test": {"nll": 4.2}, "names": ["a"]}) == first
+    again = profiles.from_notebook("04_student", {**namespace, "test": {"nll": 4.2}, "seed": 7})
+    assert again == profiles.parameters("04_student", "smoke", seed=7)
+    with pytest.raises(KdlibError, match="seed: .*found -1"):
+        profiles.from_notebook("04_student", {**namespace, "seed": -1})
+    with pytest.raises(KdlibError, match="Unknown parameter 'names' of 05_ensemble"):
+        profiles.from_notebook("05_ensemble", {**profiles.parameters("05_ensemble", "smoke").model_dump(), "names": []})
 
 
 @pytest.mark.parametrize(
@@ -164,3 +253,8 @@ def test_only_what_a_run_reads_is_part_of_its_identity(notebook, base, change, s
 def test_every_parameter_has_a_meaning():
     for model, _ in profiles.NOTEBOOKS.values():
         assert [name for name, entry in model.model_fields.items() if not entry.description] == []
+
+
+def test_meanings_say_whose_precision_and_temperature_they_are():
+    assert FidelityParameters.model_fields["precision"].description == "autocast of the teacher's forward pass"
+    assert "at the temperature of the targets (dense: at 1)" in Selection.model_fields["by"].description

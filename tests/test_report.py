@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -266,6 +267,20 @@ def test_set_up_and_cost_come_from_the_runs(synthetic):
     cost = accounts.cost("smoke").set_index("what")
     assert cost.tokens["CE ensemble (logit pool)"] == 2 * cost.tokens["CE student"]
     assert cost.bytes_per_token["writing targets"] == 36
+
+
+def test_set_up_is_what_was_run_whatever_the_profile_says_now(synthetic, monkeypatch):
+    before = accounts.setup("smoke", 1000)
+    # All that is left of the profile is its name.
+    monkeypatch.setattr(accounts.profiles, "load", lambda profile: SimpleNamespace(name=profile))
+    pd.testing.assert_frame_equal(accounts.setup("smoke", 1000), before)
+
+
+def test_targets_of_a_writer_that_timed_none_have_no_speed(synthetic):
+    (targets,) = accounts._of_kind("smoke", "targets")
+    runs.write_json(targets.path / "metrics.json", targets.metrics | {"tokens_per_second": None})
+    cost = accounts.cost("smoke").set_index("what")
+    assert cost.tokens["writing targets"] == targets.metrics["tokens"] and np.isnan(cost.seconds["writing targets"])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@ import hashlib
 import json
 import math
 import os
+import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -75,13 +77,42 @@ def test_a_failed_producer_leaves_no_run_and_finds_its_work_again(home):
     assert list((home / "results" / "smoke" / "work").iterdir()) == []
 
 
-def test_two_makers_of_one_run_do_not_write_into_each_other():
-    def second(work):
-        with pytest.raises(KdlibError, match=f"Another process is making {ID}"):
-            runs.make("smoke", ID, SETTINGS, lambda work: pytest.fail("made at the same time"))
-        return {}
+def test_two_makers_of_one_run_do_not_write_into_each_other(home, capsys):
+    found = []
+    other = threading.Thread(
+        target=lambda: found.append(runs.make("smoke", ID, SETTINGS, lambda work: pytest.fail("made at the same time")))
+    )
 
-    runs.make("smoke", ID, SETTINGS, second)
+    def produce(work):
+        other.start()
+        told = ""
+        while "Waiting for another process that is making" not in told and other.is_alive():
+            told += capsys.readouterr().out
+        return {"nll": 4.5}
+
+    made = runs.make("smoke", ID, SETTINGS, produce)
+    other.join()
+    assert found == [made] and made.metrics == {"nll": 4.5}
+    assert list((home / "results" / "smoke" / "work").iterdir()) == []
+
+
+def test_what_later_runs_read_is_made_again_where_only_the_results_are_there(home):
+    def produce(work, nll):
+        (work / "model").mkdir()
+        (work / "model" / "weights").write_text(str(nll))
+        return {"nll": nll}
+
+    made = runs.make("smoke", ID, SETTINGS, lambda work: produce(work, 4.5))
+    assert runs.find("smoke", ID, with_artefact=True) == made and made.artefact == made.path / "model"
+    shutil.rmtree(made.artefact)
+    assert runs.find("smoke", ID) == made and runs.find("smoke", ID, with_artefact=True) is None
+    before = {path.name: path.read_bytes() for path in made.path.iterdir()}
+    assert runs.make("smoke", ID, SETTINGS, lambda work: pytest.fail("its results are there")) == made
+    assert runs.make("smoke", ID, SETTINGS, lambda work: produce(work, 4.4), with_artefact=True) == made
+    assert (made.artefact / "weights").read_text() == "4.4"
+    shutil.rmtree(made.artefact)
+    assert {path.name: path.read_bytes() for path in made.path.iterdir()} == before, "results stay as they were"
+    assert list((home / "results" / "smoke" / "work").iterdir()) == []
 
 
 def test_what_is_left_of_a_run_that_was_deleted_by_half_is_replaced(home):

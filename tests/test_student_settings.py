@@ -21,7 +21,7 @@ from kdlib.losses.divergences import DIVERGENCES
 from kdlib.losses.features import FeatureLoss
 from kdlib.schedules import Stage
 from kdlib.sources import PathSource
-from kdlib.training import DistillationTrainer, read_log, steps, train_model
+from kdlib.training import DistillationTrainer, discard_checkpoints, read_log, steps, train_model
 
 TEACHER = {"layers": 2, "hidden_size": 32, "heads": 2}
 
@@ -90,7 +90,7 @@ def train_split(profile):
 def test_a_student_learns_from_targets_that_another_tool_wrote(profile, tmp_path):
     train, cells = train_split(profile), {"kind": "topk", "top_k": 4}
     own = step(profile, targets=cells).inputs["targets"]
-    cache = producers._open_targets({"corpus": make(profile, "01_corpus"), "targets": producers.make(own)}, train, 1.0)
+    cache = producers.open_targets({"corpus": make(profile, "01_corpus"), "targets": producers.make(own)}, train, 1.0)
     export_cache(cache, train, tmp_path / "targets.h5")
     taken = cells | {"source": str(tmp_path / "targets.h5")}
     student, alike = make(profile, targets=taken), make(profile, targets=cells)
@@ -275,7 +275,7 @@ def kept_documents(profile, **changes):
     train = train_split(profile)
     targets = None
     if "targets" in inputs:
-        targets = producers._open_targets(inputs, train, one.parameters.temperature)
+        targets = producers.open_targets(inputs, train, one.parameters.temperature)
     split, kept, weights = producers._text(one, inputs, train, None, targets, 32)
     assert split is train
     return kept, weights, train
@@ -551,6 +551,7 @@ def test_the_log_of_a_run_counts_on_through_its_stages(tmp_path, monkeypatch):
     assert all(int(row["memory_bytes"]) > 10**7 for row in taken)
     assert any(row["validation_nll"] for row in rows)
     # Nothing else is left of the stages.
+    discard_checkpoints(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
 
 
@@ -645,6 +646,21 @@ WEIGHTED = {"by": "student_nll", "mode": "weighted", "temperature": 0.5}
             },
             "a schedule would begin anew in every stage",
         ),
+        (
+            {"learning_rate_multipliers": {"mlp": 1, "[": 0}},
+            r"'\[' is malformed .unterminated character set.*put a backslash",
+        ),
+        ({"stages": [{"share": 1, "learning_rate_multipliers": {"a(": 0}}]}, r"'a\(' is malformed"),
+        (
+            {"stages": [{"share": 1, "learning_rate_multipliers": {"a": float("inf")}}]},
+            "learning_rate_multipliers.a: .*finite number",
+        ),
+        ({"learning_rate_multipliers": {"a": float("inf")}}, "learning_rate_multipliers.a: .*finite number"),
+        ({"feature_weight": float("inf")}, "feature_weight: .*finite number"),
+        (
+            {"divergence": "jsd", "divergence_options": {"beta": 7}},
+            "beta of divergence jsd must be between 0 and 1.*found 7",
+        ),
         ({"last_k": 2}, "last_k belongs to layer_map=last_k"),
         ({"layer_map": "last_k"}, "last_k belongs to layer_map=last_k, which needs it"),
         ({"relations": []}, "relations.*at least 1 item"),
@@ -695,10 +711,29 @@ def test_profiles_name_the_divergences_and_options_that_there_are():
     assert set(names) == set(DIVERGENCES) and len(names) == len(DIVERGENCES)
     for name, loss in DIVERGENCES.items():
         arguments = loss.__code__.co_varnames[3 : loss.__code__.co_argcount]
-        assert parameters.OPTIONS.get(name, ()) == arguments
+        assert tuple(parameters.OPTIONS.get(name, ())) == arguments
         numbers = {option: 4 if option in ("group", "iterations") else 0.25 for option in arguments}
         found = profiles.parameters("04_student", "smoke", divergence=name, divergence_options=numbers)
         assert [type(value) for value in found.divergence_options.values()] == [type(one) for one in numbers.values()]
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [(name, option) for name in DIVERGENCES for option in parameters.OPTIONS.get(name, ())]
+)
+def test_an_option_is_refused_beforehand_exactly_where_the_loss_would_refuse_it(name, option):
+    def refused(call, *arguments, **options) -> bool:
+        try:
+            call(*arguments, **options)
+        except KdlibError:
+            return True
+        return False
+
+    logits = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))
+    values = [-1, 0, 1, 2, 3, -0.5, 0.0, 0.5, 1.0, 2.0, 2.5]
+    settings = [{"divergence": name, "divergence_options": {option: value}} for value in values]
+    told = [refused(profiles.parameters, "04_student", "smoke", **one) for one in settings]
+    assert told == [refused(DIVERGENCES[name], *logits, 1.0, **{option: value}) for value in values]
+    assert len(set(told)) == 2
 
 
 # Identity

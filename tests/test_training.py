@@ -7,6 +7,9 @@ import math
 import os
 import re
 import shutil
+import signal
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -30,8 +33,20 @@ from kdlib.cache import Kind, ModelTeacher, TargetCache, write_targets
 from kdlib.corpus import load_split, pack, save_split
 from kdlib.errors import KdlibError
 from kdlib.losses import SparseTargets, fused
+from kdlib.losses.features import FeatureLoss
 from kdlib.parameters import TrainingParameters
-from kdlib.training import Collator, DistillationTrainer, newest_checkpoint, parameter_groups, read_log, steps
+from kdlib.schedules import Schedule, Stage
+from kdlib.training import (
+    Collator,
+    DistillationTrainer,
+    discard_checkpoints,
+    newest_checkpoint,
+    parameter_groups,
+    read_log,
+    steps,
+    train_model,
+)
+from kdlib.training.log import memory_bytes, peak_memory_bytes
 
 DEFAULTS = {
     "profile": "tiny", "epochs": 2, "batch_size": 4, "gradient_accumulation": 1, "learning_rate": 1e-2, "warmup": 0.1,
@@ -469,6 +484,111 @@ def test_a_split_without_rows_is_refused(tmp_path):
         DistillationTrainer(make_model(0), settings(), split, pack(split.windows(BLOCK)[:0], BLOCK), tmp_path)
 
 
+class Greedy(DistillationTrainer):
+    """Takes 200 MB within its third step, and gives them back before the step ends."""
+
+    def compute_loss(self, *arguments, **options):
+        if self.state.global_step == 2:
+            held = torch.ones(50_000_000, device=self.args.device)
+            self.held = memory_bytes()
+            del held
+        return super().compute_loss(*arguments, **options)
+
+
+def test_peak_memory_is_that_within_a_step_and_memory_in_use_that_between_steps(tmp_path):
+    trainer = make_trainer(tmp_path, kind=Greedy)
+    about = trainer.fit()
+    peaks = [int(value) for value in column(trainer, "peak_memory_bytes")]
+    assert peaks == sorted(peaks) and about["peak_memory_bytes"] == peaks[-1]
+    assert peaks[-1] > trainer.held - 10**7 > max(int(value) for value in column(trainer, "memory_bytes")) + 10**8
+
+
+def test_the_peak_resident_set_is_in_bytes_on_linux_and_on_macos(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("resource.getrusage", lambda _: SimpleNamespace(ru_maxrss=3))
+    for platform, expected in (("linux", 3072), ("darwin", 3)):
+        monkeypatch.setattr(sys, "platform", platform)
+        assert peak_memory_bytes() == expected
+
+
+@pytest.mark.parametrize("stop", [9, None])
+def test_a_log_written_without_the_peak_is_taken_up(tmp_path, stop):
+    whole, _ = trained(tmp_path / "whole")
+    if stop is None:
+        trained(tmp_path / "old")
+    else:
+        interrupted(tmp_path / "old", stop)
+    path, place = tmp_path / "old" / "log.csv", training.LOG_COLUMNS.index("peak_memory_bytes")
+    cells = [line.split(",") for line in path.read_text().splitlines()]
+    path.write_text("".join(",".join(row[:place] + row[place + 1 :]) + "\n" for row in cells))
+    trainer = make_trainer(tmp_path / "old")
+    about = trainer.fit()
+    assert same(whole, weights(trainer.model)) and logged(tmp_path / "old") == logged(tmp_path / "whole")
+    assert about["peak_memory_bytes"] >= max(map(int, column(trainer, "peak_memory_bytes")), default=10**7) >= 10**7
+
+
+class Asking(DistillationTrainer):
+    """Counts the labels of what the teacher is asked for."""
+
+    asked = 0
+
+    def _ask_teacher(self, inputs):
+        self.asked += (inputs["labels"] >= 0).sum().item()
+        return super()._ask_teacher(inputs)
+
+
+@pytest.mark.parametrize("shape", [{"start": 1, "end": 0}, {"start": 0, "end": 1}], ids=["1 to 0", "0 to 1"])
+def test_tokens_of_the_teacher_are_those_it_was_asked_for(tmp_path, shape):
+    options = {"teacher": make_model(1), "changes": {"gradient_accumulation": 2, "epochs": 3}}
+    switch = Schedule(shape="step", **shape)
+    trainer = make_trainer(tmp_path / "whole", kd_weight=switch, kind=Asking, **options)
+    about = trainer.fit()
+    assert 0 < about["teacher_tokens"] == trainer.asked < about["tokens"]
+    interrupted(tmp_path / "cut", 7, kd_weight=switch, **options)
+    again = make_trainer(tmp_path / "cut", kd_weight=switch, **options)
+    assert again.fit()["teacher_tokens"] == about["teacher_tokens"]
+
+
+def test_tokens_of_the_teacher_are_all_or_none_without_a_schedule(tmp_path):
+    split, teacher = make_split(documents=20), make_model(1)
+    always, never = make_trainer(tmp_path / "always", teacher=teacher, kd_weight=0.5), make_trainer(tmp_path / "ce")
+    cached = make_trainer(tmp_path / "kd", split=split, kd_weight=0.5, targets=NextTokens(split))
+    idle = make_trainer(tmp_path / "idle", teacher=teacher)
+    student = make_model(0)
+    inside = make_trainer(
+        tmp_path / "inside", student, teacher=teacher, features=FeatureLoss(student, teacher, "hidden_mse")
+    )
+    found = {trainer: trainer.fit() for trainer in (always, never, cached, idle, inside)}
+    for trainer, about in found.items():
+        assert about["teacher_tokens"] == (about["tokens"] if trainer in (always, inside) else 0)
+
+
+def test_frozen_parameters_are_not_charged_for_gradients_of_their_own(tmp_path):
+    trainer = make_trainer(tmp_path, multipliers={"mlp": 0})
+    about, model = trainer.fit(), trainer.model
+    frozen = models.parameters_by_component(model)["mlp"]
+    assert about["flops"] == (3 * models.flops_per_token(model, BLOCK) - 2 * frozen) * about["tokens"]
+
+
+# One process and one device
+
+
+def test_on_a_machine_of_two_gpus_one_device_trains(tmp_path, monkeypatch):
+    plain, _ = trained(tmp_path / "plain")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    after, trainer = trained(tmp_path / "two")
+    assert same(plain, after) and trainer.args.train_batch_size == 4
+    assert not isinstance(trainer.model_wrapped, torch.nn.DataParallel)
+
+
+def test_several_processes_for_one_run_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(KdlibError, match="one process on one device; found WORLD_SIZE=2.*--share"):
+        make_trainer(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    make_trainer(tmp_path)
+
+
 # Compilation
 
 
@@ -573,6 +693,28 @@ def test_an_unfinished_newest_checkpoint_is_skipped_and_removed(tmp_path, state)
     assert same(whole, resumed) and logged(tmp_path / "killed") == logged(tmp_path / "whole")
 
 
+NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+
+
+@pytest.mark.parametrize("student", ["whole", "lora"])
+def test_a_checkpoint_that_lost_a_file_is_skipped_and_removed(tmp_path, student):
+    options = {"changes": {"epochs": 1}}
+    whole, _ = trained(tmp_path / "whole", make_student(student), **options)
+    checkpoints = tmp_path / "whole" / "checkpoints"
+    model = "model.safetensors" if student == "whole" else "adapter_model.safetensors"
+    for name in (model, *NEEDED):
+        folder = tmp_path / name
+        shutil.copytree(tmp_path / "whole", folder)
+        (folder / "checkpoints" / "checkpoint-7" / name).unlink()
+        assert newest_checkpoint(folder / "checkpoints") == folder / "checkpoints" / "checkpoint-6"
+        assert os.listdir(folder / "checkpoints") == ["checkpoint-6"]
+    resumed, _ = trained(tmp_path / "optimizer.pt", make_student(student), **options)
+    assert same(whole, resumed)
+    for checkpoint in checkpoints.iterdir():
+        (checkpoint / "optimizer.pt").unlink()
+    assert newest_checkpoint(checkpoints) is None and not any(checkpoints.iterdir())
+
+
 def test_no_more_than_two_checkpoints_are_kept(tmp_path):
     trained(tmp_path)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["checkpoint-12", "checkpoint-14"]
@@ -658,6 +800,71 @@ def test_a_trainer_killed_at_random_moments_ends_with_the_weights_and_log_of_one
     assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
     assert sorted(os.listdir(tmp_path / "killed")) == sorted(os.listdir(tmp_path / "whole"))
     assert sorted(os.listdir(tmp_path / "killed/checkpoints")) == sorted(os.listdir(tmp_path / "whole/checkpoints"))
+
+
+# After the last step
+
+WAYS = {
+    "plain": {"multipliers": {"mlp": 0}},
+    "stages": {
+        "stages": [
+            Stage(share=0.4, learning_rate_multipliers={"mlp": 0}),
+            Stage(share=0.6, learning_rate_multipliers={"mlp": 1, ".*": 0}),
+        ]
+    },
+}
+
+
+def train_whole(folder, way, seed=0):
+    """Weights and metrics of a run of :func:`kdlib.training.train_model`."""
+    folder.mkdir(exist_ok=True)
+    data = {"train": make_split(documents=20), "validation": make_split("validation", seed=1, documents=4)}
+    model = make_model(seed)
+    metrics = train_model(model, settings(), data, BLOCK, folder, **WAYS[way])
+    return weights(model), metrics
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_killed_after_its_training_is_read_back_with_its_metrics(tmp_path, monkeypatch, way):
+    whole, metrics = train_whole(tmp_path, way)
+    log = (tmp_path / "log.csv").read_bytes()
+    monkeypatch.setattr(DistillationTrainer, "train", lambda *_, **__: pytest.fail("a step was taken"))
+    again, found = train_whole(tmp_path, way, seed=5)
+    assert same(whole, again) and found == metrics
+    assert (tmp_path / "log.csv").read_bytes() == log
+    assert metrics["tokens"] == int(read_log(tmp_path / "log.csv")[-1]["tokens"]) and metrics["teacher_tokens"] == 0
+
+
+def _discard_and_die(folder, event):
+    changes = itertools.count(1)
+
+    def hook(name, _):
+        if name in ("os.mkdir", "os.rename", "os.remove", "os.rmdir") and next(changes) == event:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    discard_checkpoints(folder)
+
+
+@pytest.mark.slow
+# Before the first rename, after it, and while files are removed; stages have a folder each.
+@pytest.mark.parametrize(("way", "events"), [("plain", (2, 3, 6)), ("stages", (2, 3, 4, 6))])
+def test_a_kill_while_checkpoints_are_discarded_leaves_them_whole_or_out_of_sight(tmp_path, way, events):
+    whole, metrics = train_whole(tmp_path / "whole", way)
+    before = contents(tmp_path / "whole")
+    for event in events:
+        folder = tmp_path / str(event)
+        shutil.copytree(tmp_path / "whole", folder)
+        assert exit_code(_discard_and_die, folder, event) == -signal.SIGKILL
+        seen = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+        kept = {name: text for name, text in contents(folder).items() if not name.startswith(".")}
+        assert kept == {name: text for name, text in before.items() if name.split("/")[0] in seen}
+        after, found = train_whole(folder, way)
+        assert same(whole, after) and found["tokens"] == metrics["tokens"] and found["flops"] == metrics["flops"]
+        discard_checkpoints(folder)
+        assert os.listdir(folder) == ["log.csv"] and logged(folder) == logged(tmp_path / "whole")
+    assert exit_code(_discard_and_die, tmp_path / "whole", 0) == 0
+    assert contents(tmp_path / "whole") == {"log.csv": before["log.csv"]}
 
 
 # What is left behind

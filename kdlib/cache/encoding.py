@@ -37,7 +37,7 @@ def round_weights(weights: np.ndarray, uniforms: np.ndarray | None = None) -> np
         uniforms: [n] in [0, 1). With them a weight between two values takes the upper one with the probability that
             makes its expectation exact (stochastic rounding), so an unbiased target stays unbiased. Without, the nearer.
 
-    Weights above the largest value (exp(4)) become it.
+    Weights above the largest value (exp(4)) become it, and their expectation falls short.
     """
     weights = np.minimum(weights, LOG_WEIGHTS[-1])
     low = np.clip(np.searchsorted(LOG_WEIGHTS, weights, side="right") - 1, 0, 254)

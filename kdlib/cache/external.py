@@ -68,21 +68,21 @@ class FileTeacher:
     precision = "as imported"
 
     def __init__(self, path: Path, split: Split, vocabulary: int):
-        about = import_top_k(path, 0, 0)
+        about = import_top_k(path, 0, 0, vocabulary=vocabulary)
         self.path, self.vocabulary, self.top_k = path, about.vocabulary, about.ids.shape[1]
-        found = {"positions": about.positions, "vocabulary": about.vocabulary}
-        expected = {"positions": len(split.tokens), "vocabulary": vocabulary}
-        if found != expected or (about.offsets is not None and not np.array_equal(about.offsets, split.offsets)):
+        moved = about.offsets is not None and not np.array_equal(about.offsets, split.offsets)
+        if about.positions != len(split.tokens) or moved:
             raise KdlibError(
-                f"{path} holds targets of another text: expected {expected} and documents where the split {split.name!r} has "
-                f"them, found {found}. It needs a row for each token of the split, in its order, the last of a document included."
+                f"{path} holds targets of another text: expected {len(split.tokens)} positions and documents where the split "
+                f"{split.name!r} has them, found {about.positions}{' and documents elsewhere' if moved else ''}. It needs a row for each "
+                "token of the split, in its order, the last of a document included."
             )
 
     def chunks(self, split: Split, index: np.ndarray) -> Iterator[TopChunk]:
         """As :meth:`kdlib.cache.ModelTeacher.chunks`."""
         positions = np.sort(index[index >= 0])
         for part in np.array_split(positions, max(1, len(positions) // POSITIONS)):
-            rows = import_top_k(self.path, int(part[0]), int(part[-1]) + 1)
+            rows = import_top_k(self.path, int(part[0]), int(part[-1]) + 1, vocabulary=self.vocabulary)
             mine = part - part[0]
             tail = None if rows.log_tail is None else rows.log_tail[mine]
             yield _chunk(split, part, rows.ids[mine], rows.log_probabilities[mine], tail)
@@ -99,6 +99,8 @@ def _chunk(split: Split, positions, ids, log_probabilities, log_tail) -> TopChun
         # Rounding may leave the k a little more than all the mass.
         kept = np.minimum(np.logaddexp.reduce(log_probabilities, axis=1), -1e-9)
         log_tail = np.log(-np.expm1(kept))
+    # The text's token may be among those that are left, however little mass they have.
+    log_tail = np.maximum(log_tail, SMALLEST)
     labels = split.tokens[positions + 1].astype(np.int64)
     return TopChunk(positions, labels, ids.astype(np.int64), log_probabilities, log_tail)
 

@@ -2,13 +2,14 @@
 
 *sampled*: N ids drawn with replacement from q ~ t^rho, t = softmax(z / tau). An id drawn c times has weight
 (c / N) t / q, not renormalised: its expectation is t exactly, and so the gradient of the cross-entropy to it is unbiased
-(Anshumann et al. 2025, arXiv 2503.16870). With rho = 1 the weight is c / N, kept without rounding.
+(Anshumann et al. 2025, arXiv 2503.16870). With rho = 1 the weight is c / N, kept without rounding. Others are rounded at random,
+which leaves their expectation as it is (up to a largest weight, see :func:`kdlib.cache.encoding.round_weights`).
 
 *topk*: the k largest probabilities and the mass left over as a (k+1)-th outcome. Without that outcome the optimum of the
 loss is t / a on the k ids (a: their mass), which is biased and overconfident.
 
 *topk_sampled*: the k largest probabilities, and N draws from the rest with the rest's mass as their total: unbiased,
-with no variance left where most of the mass lies.
+where most of the mass lies no variance is left but that of rounding.
 
 *dense*: the teacher's last hidden states, which with its output layer (kept once) are the whole distribution at any
 temperature. The reference, and the source that other kinds can be drawn from again.

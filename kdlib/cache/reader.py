@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.numpy import load
+from torch.nn import functional
 
 from kdlib.cache import encoding
 from kdlib.cache.kinds import Kind
@@ -101,8 +102,24 @@ class TargetCache:
             torch.from_numpy(padded_ids), torch.from_numpy(weights), tail, torch.from_numpy(entropy), self.temperature
         )
 
+    def likeliest(self, positions: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """What the targets hold most likely at flat ``positions`` [T]: ids and probabilities, descending, at most ``n`` a row.
+
+        A row that holds fewer ends in probabilities of 0.
+        """
+        targets = self.read(positions)
+        if self.kind.name == "dense":
+            weight, bias = (None if one is None else one.float() for one in self.head)
+            found = torch.softmax(functional.linear(targets.hidden.float(), weight, bias) / self.temperature, -1).topk(n)
+            return found.indices.numpy(), found.values.numpy()
+        found = targets.weights.topk(min(n, targets.weights.shape[1]))
+        return targets.ids.gather(1, found.indices).numpy(), found.values.numpy()
+
     def statistics(self, positions: np.ndarray) -> dict[str, np.ndarray]:
-        """The teacher's ``entropy`` and ``nll`` of the text at flat ``positions`` [T], none negative, nats, float32."""
+        """The teacher's ``entropy`` and ``nll`` of the text at flat ``positions`` [T], none negative, nats, float32.
+
+        Both are at the temperature of the targets (dense ones are kept at 1, whatever temperature they are read at).
+        """
         positions = np.asarray(positions, np.int64)
         return {key: encoding.decode_nats(self._gather(key, positions)) for key in ("entropy", "nll")}
 

@@ -1,16 +1,18 @@
 """Training of every model: students from text, from cached targets or from a teacher in the loop, and teachers too."""
 
 from kdlib.training.batches import Collator
+from kdlib.training.checkpoints import newest_checkpoint
 from kdlib.training.log import LOG_COLUMNS, read_log
 from kdlib.training.optimizer import parameter_groups, steps
-from kdlib.training.stages import train_model
-from kdlib.training.trainer import CHECKPOINTS, DistillationTrainer, newest_checkpoint
+from kdlib.training.stages import discard_checkpoints, train_model
+from kdlib.training.trainer import CHECKPOINTS, DistillationTrainer
 
 __all__ = [
     "CHECKPOINTS",
     "LOG_COLUMNS",
     "Collator",
     "DistillationTrainer",
+    "discard_checkpoints",
     "newest_checkpoint",
     "parameter_groups",
     "read_log",

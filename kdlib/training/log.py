@@ -2,9 +2,12 @@
 
 import csv
 import os
+import resource
+import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 
@@ -21,6 +24,7 @@ LOG_COLUMNS = (
     "tokens",
     "seconds",
     "memory_bytes",
+    "peak_memory_bytes",
     "validation_nll",
     "validation_seconds",
     "validation_memory_bytes",
@@ -62,6 +66,7 @@ class StepLog:
         """Append a row; columns that ``values`` leave out stay empty."""
         fresh = not self.path.is_file()
         shared = {"step": step, "epoch": epoch, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
+        shared |= {"peak_memory_bytes": peak_memory_bytes()}
         with open(self.path, "a", newline="") as file:
             writer = csv.DictWriter(file, LOG_COLUMNS, restval="")
             if fresh:
@@ -79,6 +84,21 @@ def read_log(path: Path) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if None not in row.values()]
 
 
+def teacher_tokens(rows: list[dict[str, str]]) -> int:
+    """Tokens of the steps in which a teacher in the loop was asked: those with a KD weight or a loss of features."""
+    taken = [row for row in rows if row["loss"]]
+    asked = [bool(row["feature"]) or float(row["kd_weight"] or 0) > 0 for row in taken]
+    return int(np.diff([0, *(int(row["tokens"]) for row in taken)]) @ np.array(asked, int))
+
+
 def memory_bytes() -> int:
     """Memory in use now: allocated on the GPU if there is one, else the process's resident set."""
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+
+
+def peak_memory_bytes() -> int:
+    """The most memory in use so far: allocated on the GPU if there is one, else the process's resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,6 +1,7 @@
 """One run of training, which may consist of stages that train different parameters."""
 
 import shutil
+import tempfile
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -34,14 +35,15 @@ def train_model(
         model: causal LM, trained in place.
         values: schedule, batch size, precision, seed.
         data: splits by name; ``train`` is trained on, ``validation`` measured along the way.
-        folder: for ``log.csv`` and, while it trains, checkpoints.
+        folder: for ``log.csv`` and checkpoints. They stay, so that a call after the last step reads the weights back; once
+            those are safe elsewhere, :func:`discard_checkpoints` makes room.
         tokens: train on about the first so many of an epoch's; None: on all.
         documents: train on these alone; None: on all.
         stages: parts with multipliers and an optimiser of their own; together they take the steps of a run without any.
         multipliers, features, options: as :class:`kdlib.training.DistillationTrainer` takes them.
 
     Returns:
-        tokens, steps, seconds, tokens_per_second, flops, peak_memory_bytes, final_loss.
+        tokens, teacher_tokens, steps, seconds, tokens_per_second, flops, peak_memory_bytes, final_loss.
     """
     split, validation = data["train"], data["validation"]
     windows = split.windows(block_length, documents)
@@ -69,13 +71,27 @@ def train_model(
         found.append(trainer.fit())
     if stages:
         _join_stages(folder, len(stages))
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    sums = {name: sum(one[name] for one in found) for name in ("tokens", "steps", "seconds", "flops")}
+    counted = ("tokens", "teacher_tokens", "steps", "seconds", "flops")
+    sums = {name: sum(one[name] for one in found) for name in counted}
     return sums | {
         "tokens_per_second": sums["tokens"] / sums["seconds"] if sums["tokens"] else None,
         "peak_memory_bytes": max(one["peak_memory_bytes"] for one in found),
         "final_loss": found[-1]["final_loss"],
     }
+
+
+def discard_checkpoints(folder: Path) -> None:
+    """Remove what :func:`train_model` goes on from, checkpoints and the folders of stages, and leave the log.
+
+    A folder is renamed before it is emptied, so that a kill in between leaves nothing that looks like a checkpoint; what
+    an earlier kill left goes too.
+    """
+    discarded = Path(tempfile.mkdtemp(prefix=".discarded-", dir=folder))
+    for path in (folder / "checkpoints", *folder.glob("stage-*")):
+        if path.exists():
+            path.rename(discarded / path.name)
+    for path in folder.glob(".discarded-*"):
+        shutil.rmtree(path)
 
 
 def _staged(values, stages: Sequence[Stage], rows: int) -> list[tuple]:
@@ -90,7 +106,7 @@ def _staged(values, stages: Sequence[Stage], rows: int) -> list[tuple]:
 
 
 def _join_stages(folder: Path, stages: int) -> None:
-    """One log of a run's stages, in which steps, tokens, epochs and seconds count on; the stages' own folders go."""
+    """One log of a run's stages, in which steps, tokens, epochs and seconds count on."""
     logs, done = [], {}
     for number in range(stages):
         log = pd.read_csv(folder / f"stage-{number}" / "log.csv", dtype=str, keep_default_na=False)
@@ -99,5 +115,3 @@ def _join_stages(folder: Path, stages: int) -> None:
             done[name] = log[name].iloc[-1]
         logs.append(log)
     pd.concat(logs).to_csv(folder / "log.csv", index=False)
-    for number in range(stages):
-        shutil.rmtree(folder / f"stage-{number}")

@@ -4,7 +4,6 @@ Logits never exist for more than a chunk of tokens (:mod:`kdlib.losses.fused`), 
 bit for bit.
 """
 
-import json
 import math
 import os
 import shutil
@@ -29,7 +28,8 @@ from kdlib.parameters import TrainingParameters
 from kdlib.progress import bar
 from kdlib.schedules import Schedule, as_schedule
 from kdlib.training.batches import Collator, Rows
-from kdlib.training.log import StepLog, memory_bytes, read_log
+from kdlib.training.checkpoints import last_step, newest_checkpoint
+from kdlib.training.log import StepLog, memory_bytes, peak_memory_bytes, read_log, teacher_tokens
 from kdlib.training.optimizer import parameter_groups, steps
 
 CHECKPOINTS = 8  # a run is saved, and its validation loss measured, this many times
@@ -58,8 +58,8 @@ class DistillationTrainer(Trainer):
 
     Raises:
         KdlibError: a ``low_precision`` this machine has not, nothing to train on, a teacher that shares parameters with the
-            model, a multiplier that matches no parameter, another number of weights than positions, or (while training) a
-            non-finite loss or gradient.
+            model, a multiplier that matches no parameter, another number of weights than positions, several processes that
+            would share one run, or (while training) a non-finite loss or gradient.
     """
 
     def __init__(
@@ -83,6 +83,11 @@ class DistillationTrainer(Trainer):
         validation: corpus.Split | None = None,
         validation_index: np.ndarray | None = None,
     ):
+        if int(processes := os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise KdlibError(
+                f"A run is trained by one process on one device; found WORLD_SIZE={processes}, as torchrun sets it. Start python "
+                "itself; python -m kdlib.producers --share 0/2 and 1/2 make the runs of a profile side by side."
+            )
         low_precision.require(settings.low_precision)
         if not len(index):
             raise KdlibError(
@@ -135,6 +140,8 @@ class DistillationTrainer(Trainer):
             disable_tqdm=True,
             report_to="none",
         )
+        # With every GPU that is visible, the Trainer would wrap the model in DataParallel.
+        arguments._n_gpu = 1
         super().__init__(
             model,
             arguments,
@@ -158,30 +165,34 @@ class DistillationTrainer(Trainer):
         """Train to the end, from the newest whole checkpoint if there is one.
 
         Returns:
-            tokens, steps, seconds, tokens_per_second, flops, peak_memory_bytes, final_loss.
+            tokens, teacher_tokens (for which a teacher in the loop was asked), steps, seconds (up to the last row of the log),
+            tokens_per_second, flops, peak_memory_bytes, final_loss.
         """
         checkpoint = newest_checkpoint(Path(self.args.output_dir))
-        self.step_log.resume(_step(checkpoint))
-        if _step(checkpoint) < self.steps:
+        self.step_log.resume(last_step(checkpoint))
+        if last_step(checkpoint) < self.steps:
             eight_bit = self.low_precision == "optimizer_and_backward"
             with low_precision.eight_bit_backward(self.model) if eight_bit else nullcontext():
                 self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         elif checkpoint is not None:
             # Killed after its last step; the Trainer would take one more.
             self._load_from_checkpoint(str(checkpoint))
+            self.create_optimizer()  # freezes what was not trained, which the FLOPs below depend on
         if hasattr(self.model, "projectors"):
             del self.model.projectors
-        rows, tokens, seconds = read_log(self.step_log.path), self.step_log.tokens, self.step_log.seconds
+        rows, tokens = read_log(self.step_log.path), self.step_log.tokens
+        seconds = float(rows[-1]["seconds"]) if rows else 0.0
         losses = [float(row["loss"]) for row in rows if row["loss"]]
         context = len(self.train_dataset[0]) if len(self.train_dataset) else 0
         return {
             "tokens": tokens,
+            "teacher_tokens": 0 if self.teacher is None else teacher_tokens(rows),
             "steps": self.steps,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds if tokens else None,
-            "flops": 3 * models.flops_per_token(self.model, context) * tokens,
+            "flops": models.training_flops_per_token(self.model, context) * tokens,
             "peak_memory_bytes": max(
-                (int(row["memory_bytes"]) for row in rows if row["memory_bytes"]), default=memory_bytes()
+                (int(row["peak_memory_bytes"]) for row in rows if row["peak_memory_bytes"]), default=peak_memory_bytes()
             ),
             "final_loss": float(np.mean(losses[-20:])) if losses else None,
         }
@@ -226,8 +237,6 @@ class DistillationTrainer(Trainer):
             balance_gradients(parts.loss, feature, self.model.parameters(), self.balance)
             # The gradients are in place; what the Trainer now differentiates must add nothing to them.
             loss = loss.detach().requires_grad_()
-        # Gradients are averaged over processes, while the normaliser already counts all their tokens.
-        loss = loss * self.accelerator.num_processes if num_items_in_batch is not None else loss
         return (loss, parts) if return_outputs else loss
 
     def _ask_teacher(self, inputs) -> DenseTargets:
@@ -338,23 +347,6 @@ class _Progress(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
-
-
-def _step(checkpoint: Path | None) -> int:
-    return 0 if checkpoint is None else json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was saved whole; unfinished ones are removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
-    for path in found:
-        try:
-            # The Trainer writes this file last.
-            json.loads((path / "trainer_state.json").read_text())
-            return path
-        except (OSError, json.JSONDecodeError):
-            shutil.rmtree(path)
-    return None
 
 
 def _can_compile(device: torch.device) -> bool:
