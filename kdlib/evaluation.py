@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -31,7 +32,6 @@ from kdlib.ensemble.pooling import POOLS, label_ambiguity, log_probs, logit_ambi
 from kdlib.errors import KdlibError
 from kdlib.models import attention_mask, body, head
 from kdlib.progress import bar
-from kdlib.statistics import ece
 
 BINS = 15
 FIELDS = ("counts", "confidence_sums", "hits")  # of a reliability histogram
@@ -249,6 +249,17 @@ def _count_pairs(histogram: Tensor, scores: Tensor, targets: Tensor) -> None:
     histogram[0, 0] += scores.numel() - len(upper)
     histogram[1, 0] += len(scores) - upper.sum(dtype=torch.float64)
     histogram[2, 0] += len(scores) - hit.sum()
+
+
+def ece(counts: ArrayLike, confidence_sums: ArrayLike, hits: ArrayLike, total: float | None = None) -> float:
+    """Expected calibration error from a reliability histogram: Σ_bins |Σ confidence − hits| / ``total`` (Σ counts).
+
+    With top-1 confidences this is Σ n_b/n·|accuracy_b − confidence_b| (Guo et al., On Calibration of Modern Neural
+    Networks, 2017, equation 3). Over all (token, probability) pairs, give ``total`` = the number of *tokens* to get
+    the error per token.
+    """
+    total = np.asarray(counts).sum() if total is None else total
+    return float(np.abs(np.asarray(confidence_sums) - np.asarray(hits)).sum() / total)
 
 
 def _report(

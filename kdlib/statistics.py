@@ -261,17 +261,6 @@ def per_source(documents: pd.DataFrame, split: str) -> pd.DataFrame:
     )
 
 
-def ece(counts: ArrayLike, confidence_sums: ArrayLike, hits: ArrayLike, total: float | None = None) -> float:
-    """Expected calibration error from a reliability histogram: Σ_bins |Σ confidence − hits| / ``total`` (Σ counts).
-
-    With top-1 confidences this is Σ n_b/n·|accuracy_b − confidence_b| (Guo et al., On Calibration of Modern Neural
-    Networks, 2017, equation 3). Over all (token, probability) pairs, give ``total`` = the number of *tokens* to get
-    the error per token.
-    """
-    total = np.asarray(counts).sum() if total is None else total
-    return float(np.abs(np.asarray(confidence_sums) - np.asarray(hits)).sum() / total)
-
-
 def pool_target_logprobs(member_logprobs: ArrayLike) -> np.ndarray:
     """Log-probability of each observed token under the probability pool, from its members' alone: [K, n] → [n],
     float64.

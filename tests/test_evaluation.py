@@ -16,8 +16,8 @@ from kdlib import evaluation
 from kdlib.corpus import Split, pack
 from kdlib.ensemble.model import EnsembleForCausalLM
 from kdlib.errors import KdlibError
-from kdlib.evaluation import evaluate, fit_temperature, hidden_states, predicting_positions
-from kdlib.statistics import ece, pool_target_logprobs
+from kdlib.evaluation import ece, evaluate, fit_temperature, hidden_states, predicting_positions
+from kdlib.statistics import pool_target_logprobs
 
 VOCABULARY, BLOCK = 67, 16
 
@@ -382,3 +382,10 @@ def diverged():
 def test_what_cannot_be_evaluated_is_refused(call, message):
     with pytest.raises(KdlibError, match=message):
         call()
+
+
+def test_ece_from_a_histogram_is_guos_weighted_gap():
+    counts, confidences, hits = [10, 30], [2.0, 27.0], [4, 21]
+    by_definition = 10 / 40 * abs(4 / 10 - 0.2) + 30 / 40 * abs(21 / 30 - 0.9)
+    assert ece(counts, confidences, hits) == pytest.approx(by_definition, abs=1e-15)
+    assert ece(counts, confidences, hits, total=8) == pytest.approx(by_definition * 40 / 8)

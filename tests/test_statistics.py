@@ -1,4 +1,4 @@
-"""Intervals, adjusted p-values, claims and calibration sums against simulations and hand examples."""
+"""Intervals, adjusted p-values and claims against simulations and hand examples."""
 
 import ast
 import subprocess
@@ -205,13 +205,6 @@ def test_documents_are_summed_by_source_within_one_split():
     assert found.loc["d/b", ["nll", "tokens", "bytes", "correct"]].tolist() == [5.0, 5, 50, 2]
     with pytest.raises(KdlibError, match="no split 'validation'"):
         statistics.per_source(documents, "validation")
-
-
-def test_ece_from_a_histogram_is_guos_weighted_gap():
-    counts, confidences, hits = [10, 30], [2.0, 27.0], [4, 21]
-    by_definition = 10 / 40 * abs(4 / 10 - 0.2) + 30 / 40 * abs(21 / 30 - 0.9)
-    assert statistics.ece(counts, confidences, hits) == pytest.approx(by_definition, abs=1e-15)
-    assert statistics.ece(counts, confidences, hits, total=8) == pytest.approx(by_definition * 40 / 8)
 
 
 def test_pool_log_probabilities_are_those_of_the_mean_probability():
