@@ -30,8 +30,9 @@ def setup(profile: str, resamples: int) -> pd.DataFrame:
     trained = table[(table.kind == "student") & (table.epochs > 0)]
     distilled = trained[trained.objective == "kd"].run.iloc[0]
     student, inputs = distilled.settings["parameters"], distilled.settings["inputs"]
-    targets = table.run[inputs["targets"]].settings
-    teacher = table.run[targets["inputs"]["teacher"]].settings["parameters"]
+    targets = table.run[inputs["targets"]].settings["parameters"]
+    teachers = table[(table.kind == "teacher") & (table.adaptation == student["teacher"])]
+    teacher = teachers.run.iloc[0].settings["parameters"]
     text = table.run[inputs["corpus"]]
     ensembles = [run.settings["parameters"] for run in table[table.kind == "ensemble"].run]
     groups = {tuple(one["seeds"]) for one in ensembles if one["student"]["objective"] == "kd"}
@@ -52,8 +53,8 @@ def setup(profile: str, resamples: int) -> pd.DataFrame:
         "vocabulary": text.metrics["vocabulary"]["size"],
         "teacher": "a small model" if teacher["adaptation"] == "scratch" else teacher["source"],
         "adaptation": TEACHERS[teacher["adaptation"]],
-        "targets": TARGETS[targets["parameters"]["kind"]].format(**targets["parameters"]),
-        **{name: student[name] for name in read},
+        "targets": TARGETS[targets["kind"]].format(**targets),
+        **{name: student.get(name, "on a schedule") for name in read},
         "parameters": parameters["total"],
         "non_embedding": parameters["non_embedding"],
         "seeds": trained.seed.nunique(),
@@ -146,7 +147,9 @@ def _work(row: pd.Series, models: pd.DataFrame) -> dict:
     if None in training:
         return dict.fromkeys((*names, "peak_memory_bytes"), np.nan)
     summed = {name: sum(part[name] for part in training) for name in names}
-    return summed | {"peak_memory_bytes": max(_peak(part.metrics["cost"]) for part in parts)}
+    # The cost is that of the last process; one that was killed may have taken more while it trained.
+    peaks = [max(_peak(part.metrics["cost"]), part.metrics["training"].get("peak_memory_bytes", 0)) for part in parts]
+    return summed | {"peak_memory_bytes": max(peaks)}
 
 
 def _peak(cost: dict) -> int:

@@ -55,6 +55,16 @@ class Parameters(BaseModel):
         return self.model_dump(mode="json", exclude={"profile", "compile"}, exclude_defaults=True)
 
 
+def _whole_path(source: Any) -> Any:
+    # The run may be made from another folder than the one it is asked for in.
+    return str(Path(source).expanduser().resolve()) if str(source).endswith(".h5") else source
+
+
+def _whole_paths(student: dict) -> dict:
+    targets = student.get("targets", {})
+    return student | {"targets": targets | {"source": _whole_path(targets["source"])}} if "source" in targets else student
+
+
 class CorpusParameters(Parameters):
     """``01_corpus``: text to splits, vocabulary and packed tokens."""
 
@@ -151,8 +161,7 @@ class TargetParameters(Parameters):
     @field_validator("source")
     @classmethod
     def _a_files_path_is_whole(cls, source):
-        # The run may be made from another folder than this one.
-        return str(Path(source).expanduser().resolve()) if source.endswith(".h5") else source
+        return _whole_path(source)
 
     @model_validator(mode="after")
     def _dense_is_the_source(self):
@@ -298,6 +307,11 @@ class StudentParameters(TrainingParameters):
             )
         return self
 
+    @field_validator("targets")
+    @classmethod
+    def _a_files_path_is_whole(cls, targets):
+        return _whole_paths({"targets": targets})["targets"]
+
     @model_validator(mode="after")
     def _multipliers_can_be_applied(self):
         for multipliers in (self.learning_rate_multipliers, *(stage.learning_rate_multipliers for stage in self.stages)):
@@ -404,6 +418,11 @@ class FidelityParameters(Parameters):
     tokens: PositiveInt = Field(description="tokens of train text for the gradients, and of test text for the KL")
     precision: Precision = Field(description="autocast of the teacher's forward pass")
 
+    @field_validator("student")
+    @classmethod
+    def _a_files_path_is_whole(cls, student):
+        return _whole_paths(student)
+
 
 class EnsembleParameters(Parameters):
     """``05_ensemble``: the profile's students with these seeds, pooled."""
@@ -412,6 +431,11 @@ class EnsembleParameters(Parameters):
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, description="one member a seed")
     pool: Pool = Field(description="probability: arithmetic mean of distributions; logit: geometric mean, renormalised")
     precision: Precision = Field(description="autocast of the evaluation")
+
+    @field_validator("student")
+    @classmethod
+    def _a_files_path_is_whole(cls, student):
+        return _whole_paths(student)
 
     @model_validator(mode="after")
     def _members_differ(self):

@@ -2,7 +2,6 @@
 
 import argparse
 import gc
-import resource
 import shutil
 import sys
 import time
@@ -41,6 +40,7 @@ from kdlib.losses import balance
 from kdlib.losses.features import FeatureLoss
 from kdlib.plan import Step
 from kdlib.training import discard_checkpoints, train_model
+from kdlib.training.log import peak_resident_bytes
 
 if progress.batch():
     transformers.utils.logging.disable_progress_bar()
@@ -76,8 +76,7 @@ def make(step: Step, with_artefact: bool = False) -> runs.Run:
 def _cost(seconds: float) -> dict:
     cost = {
         "seconds": seconds,
-        # Linux counts the peak resident set in KiB.
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": peak_resident_bytes(),
         "device": runs.device(),
     }
     if torch.cuda.is_available():

@@ -175,7 +175,7 @@ def load(name: str) -> Profile:
         raise KdlibError(
             f"Unknown profile {name!r}. Expected one of {', '.join(available())}, or the path of a .yaml file."
         )
-    if path.stem in available() and path != REPOSITORY / "profiles" / f"{path.stem}.yaml":
+    if path.stem in available() and path.resolve() != (REPOSITORY / "profiles" / f"{path.stem}.yaml").resolve():
         raise KdlibError(
             f"Results are kept by a profile's name, and those of {path} would lie among those of the project's own {path.stem!r}. "
             f"Expected none of {', '.join(available())}: give the file another name, and the name in it."

@@ -120,7 +120,7 @@ def make(
     if found := find(profile, run_id, with_artefact):
         return found
     work = results(profile) / "work" / run_id
-    work.mkdir(parents=True, exist_ok=True)
+    work.parent.mkdir(parents=True, exist_ok=True)
     with _locked(work):
         if found := find(profile, run_id, with_artefact):
             return found

@@ -154,6 +154,7 @@ def _log(folder, base, rng, values) -> None:
             "tokens": steps * 1000,
             "seconds": steps * 0.4,
             "memory_bytes": int(1e9),
+            "peak_memory_bytes": int(1.5e9),
             "validation_nll": validation,
         }
     ).to_csv(folder / "log.csv", index=False)
@@ -220,6 +221,7 @@ def _size(step, members, rng) -> dict:
         return size | {
             "training": {
                 "tokens": 0,
+                "teacher_tokens": 0,
                 "steps": 0,
                 "seconds": 0.0,
                 "tokens_per_second": None,
@@ -234,6 +236,7 @@ def _size(step, members, rng) -> dict:
         "training": loop
         | {
             "tokens": tokens,
+            "teacher_tokens": tokens if loop else 0,
             "steps": 100,
             "seconds": 40.0,
             "tokens_per_second": 2450.0 + 100 * rng.random(),

@@ -4,6 +4,7 @@ Statistics are compared at a false-alarm rate of 1e-6 a test; seeds are fixed, s
 """
 
 import ast
+import dataclasses
 import itertools
 import json
 import math
@@ -14,9 +15,11 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from bisect import bisect_right
 from collections import Counter, namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +30,18 @@ from scipy import stats
 from tiny import BLOCK, VOCABULARY, contents, dense_log_probs, die_at, exit_code, make_model, make_split, predicting
 
 from kdlib import models
-from kdlib.cache import DenseTeacher, Kind, ModelTeacher, TargetCache, encoding, kinds, reader, shards, write_targets
+from kdlib.cache import (
+    DenseTeacher,
+    Kind,
+    ModelTeacher,
+    TargetCache,
+    encoding,
+    kinds,
+    reader,
+    shards,
+    write_targets,
+    writer,
+)
 from kdlib.cache.reader import guard
 from kdlib.cache.writer import _uniforms
 from kdlib.ensemble.model import EnsembleForCausalLM
@@ -741,7 +755,11 @@ def test_the_guard_sees_other_documents_another_order_and_one_other_token():
     other = make_split()
     other.tokens[5] += 1
     renamed = make_split(name="test")
-    assert len({guard_of(one)["documents"] for one in (split, other, renamed)}) == 3
+    streams = np.split(split.tokens, split.offsets[1:-1])[::-1]
+    table = split.documents.iloc[::-1].reset_index(drop=True)
+    offsets = np.cumsum([0, *map(len, streams)])
+    turned = dataclasses.replace(split, documents=table, tokens=np.concatenate(streams), offsets=offsets)
+    assert len({guard_of(one)["documents"] for one in (split, other, renamed, turned)}) == 4
     assert guard_of(split) == guard_of(make_split())
 
 
@@ -751,6 +769,13 @@ def test_another_temperature_than_the_one_kept_is_refused(tmp_path, kind):
     assert read(tmp_path, temperature=2.0).read(np.arange(3)).temperature == 2.0
     with pytest.raises(KdlibError, match=r"at temperature 2\.0 and cannot serve 1\.0"):
         read(tmp_path)
+
+
+@every_kind
+def test_a_position_that_is_neither_in_the_split_nor_padding_is_refused(tmp_path, kind):
+    write(tmp_path, kind)
+    with pytest.raises(KdlibError, match="-1 stands for padding; found -2"):
+        read(tmp_path).read(np.array([3, -2, -1]))
 
 
 @every_kind
@@ -834,11 +859,14 @@ def test_a_writer_does_not_go_on_with_other_settings(tmp_path, key):
     assert contents(tmp_path) == before
 
 
-def test_a_writer_does_not_go_on_with_another_teachers_output_layer(tmp_path):
-    write(tmp_path, DENSE)
+@every_kind
+def test_a_writer_does_not_go_on_with_other_weights_of_a_teacher(tmp_path, kind):
+    model = make_model(0)
+    write(tmp_path, kind, model)
     before = contents(tmp_path)
-    with pytest.raises(KdlibError, match="they differ in head_sha256"):
-        write(tmp_path, DENSE, make_model(1))
+    model.model.layers[0].mlp.up_proj.weight.data[3, 2] += 1e-6
+    with pytest.raises(KdlibError, match="they differ in weights_sha256"):
+        write(tmp_path, kind, model)
     assert contents(tmp_path) == before
 
 
@@ -1047,6 +1075,39 @@ def test_a_writer_killed_at_random_moments_ends_with_the_files_of_one_that_was_n
     assert exit_code(_write_and_die, tmp_path / "killed", kind, 7 if kind is DENSE else 5) == -signal.SIGKILL
     assert exit_code(_write_and_die, tmp_path / "killed", kind, 0) == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def _write_slowly(folder, log):
+    one_shard = writer._shard
+
+    def slow(*arguments):
+        with open(log, "a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(0.2)
+        return one_shard(*arguments)
+
+    writer._shard = slow
+    write(folder, shard_tokens=16)
+
+
+def test_processes_that_write_one_cache_share_its_shards(tmp_path):
+    write(tmp_path / "alone", shard_tokens=16)
+    with ThreadPoolExecutor(2) as pool:
+        codes = list(pool.map(lambda _: exit_code(_write_slowly, tmp_path / "shared", tmp_path / "log"), range(2)))
+    passes = (tmp_path / "log").read_text().split()
+    shards_written = len(list((tmp_path / "alone").glob("*.json"))) - 2  # two of them describe the whole
+    assert codes == [0, 0] and contents(tmp_path / "shared") == contents(tmp_path / "alone")
+    # Each takes some. Only what one is still at when the other has nothing left may be computed twice.
+    assert len(set(passes)) == 2 and shards_written <= len(passes) <= shards_written + 1
+
+
+def test_a_shard_that_a_process_died_at_is_written_by_those_that_are_left(tmp_path):
+    write(tmp_path / "alone", shard_tokens=16)
+    (tmp_path / "shared").mkdir()
+    with shards.claimed_shard(tmp_path / "shared", 1) as free:
+        assert free
+        write(tmp_path / "shared", shard_tokens=16)
+    assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
 
 
 @pytest.mark.parametrize("moment", [1, 2, 3, 4, 7, 13])

@@ -247,6 +247,11 @@ def test_a_file_of_targets_is_known_by_its_whole_path(tmp_path, monkeypatch):
     ]
     assert {one.parameters.source for one in steps} == {str(tmp_path / "a.h5")}
     assert len({one.id for one in steps}) == 1
+    student = {"targets": {"kind": "topk", "source": "a.h5"}}
+    assert profiles.parameters("04_student", "smoke", **student).targets["source"] == str(tmp_path / "a.h5")
+    for notebook in ("05_ensemble", "06_fidelity"):
+        found = profiles.parameters(notebook, "smoke", student=student).student
+        assert found["targets"]["source"] == str(tmp_path / "a.h5")
 
 
 @pytest.mark.parametrize(

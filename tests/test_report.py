@@ -276,6 +276,27 @@ def test_set_up_is_what_was_run_whatever_the_profile_says_now(synthetic, monkeyp
     pd.testing.assert_frame_equal(accounts.setup("smoke", 1000), before)
 
 
+def test_set_up_tells_of_targets_from_elsewhere_and_of_a_weight_on_a_schedule(synthetic):
+    (targets,) = accounts._of_kind("smoke", "targets")
+    settings = targets.settings
+    del settings["inputs"]["teacher"]
+    runs.write_json(targets.path / "settings.json", settings)
+    for run in accounts._of_kind("smoke", "student"):
+        settings = run.settings
+        settings["parameters"].pop("kd_weight", None)
+        runs.write_json(run.path / "settings.json", settings)
+    setup = accounts.setup("smoke", 1000).set_index("name").value
+    assert (setup["teacher"], setup["kd_weight"]) == ("a small model", "on a schedule")
+
+
+def test_the_peak_is_that_of_the_process_that_took_most(synthetic):
+    before = accounts.cost("smoke").set_index("what").peak_memory_bytes
+    run = next(run for run in accounts._of_kind("smoke", "student") if run.metrics["training"]["tokens"])
+    runs.write_json(run.path / "metrics.json", run.metrics | {"training": run.metrics["training"] | {"peak_memory_bytes": int(9e9)}})
+    after = accounts.cost("smoke").set_index("what").peak_memory_bytes
+    assert after.max() == 9e9 > before.max()
+
+
 def test_targets_of_a_writer_that_timed_none_have_no_speed(synthetic):
     (targets,) = accounts._of_kind("smoke", "targets")
     runs.write_json(targets.path / "metrics.json", targets.metrics | {"tokens_per_second": None})

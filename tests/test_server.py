@@ -4,6 +4,7 @@ The imitations are HTTP servers that run a tiny transformers model and answer in
 and llama-cpp-python 0.3.36, as read from their sources; the first and the third were compared with the real servers' answers.
 """
 
+import itertools
 import json
 import re
 import socket
@@ -17,10 +18,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from tiny import BLOCK, contents, make_split, predicting
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
-from kdlib.cache import server
+from kdlib.cache import Kind, ModelTeacher, ServerTeacher, TargetCache, server, write_targets
 from kdlib.cache.server import CompletionServer
 from kdlib.errors import KdlibError
 
@@ -359,6 +361,40 @@ def test_a_real_llama_cpp_server_cannot_be_asked_for_whole_prompts_or_past_its_c
         client(llama_server).check()
     with pytest.raises(KdlibError, match=r"exceeds the available context size.*shorter context than a window"):
         client(llama_server, per_position=True).top_log_probabilities(windows(70))
+
+
+def targets_of(folder, teacher, split):
+    """Cached targets of a split, in several shards, read back."""
+    guard = {"vocabulary": len(TOKENS)}
+    write_targets(folder, teacher, split, guard, Kind("topk", top_k=K), block_length=BLOCK, shard_tokens=60)
+    return TargetCache(folder, guard, 1.0).read(predicting(split))
+
+
+def test_targets_from_a_real_server_are_those_that_the_model_writes_itself(llama_server, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    split, teacher = make_split(), ServerTeacher(client(llama_server, per_position=True))
+    served, own = targets_of(tmp_path / "served", teacher, split), targets_of(tmp_path / "own", ModelTeacher(model), split)
+    dense = [torch.zeros(len(one), len(TOKENS)).scatter_add_(1, one.ids, one.weights) for one in (served, own)]
+    # Weights are rounded to values 10 % apart, and two that lie at an edge may fall to either side of it.
+    assert torch.equal(dense[0] > 0, dense[1] > 0) and torch.allclose(*dense, rtol=0.11)
+    assert torch.allclose(served.tail, own.tail, rtol=1e-2, atol=1e-4)
+
+
+def test_a_writer_whose_server_went_away_goes_on_where_it_stopped(imitate, waits, tmp_path):
+    split, answers = make_split(), itertools.count(1)
+
+    def mortal(body, dense):
+        return vllm(body, dense) if next(answers) <= 8 else (500, {"error": {"message": "out of memory"}})
+
+    targets_of(tmp_path / "whole", ServerTeacher(client(imitate().url)), split)
+    with pytest.raises(KdlibError, match="out of memory"):
+        targets_of(tmp_path / "cut", ServerTeacher(client(imitate(mortal).url)), split)
+    begun = set(contents(tmp_path / "cut"))
+    assert "00000.safetensors" in begun and "manifest.json" not in begun
+    again = imitate()
+    targets_of(tmp_path / "cut", ServerTeacher(client(again.url)), split)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert len(again.seen) < len(split.windows(BLOCK)), "what was there was asked for again"
 
 
 # Faults of the connection

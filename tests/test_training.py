@@ -100,7 +100,7 @@ def column(trainer, name):
 class NextTokens:
     """A cache whose targets put all mass on the text's own next token, looked up by flat position."""
 
-    temperature = 1.0
+    temperature, guard = 1.0, {"vocabulary": VOCABULARY}
 
     def __init__(self, split):
         self.split = split
@@ -254,7 +254,7 @@ class Exact:
 
     def __init__(self, teacher, split, temperature):
         log_t = dense_log_probs(teacher, split, temperature).nan_to_num(0)
-        self.t, self.temperature = log_t.exp().float(), temperature
+        self.t, self.temperature, self.guard = log_t.exp().float(), temperature, {"vocabulary": VOCABULARY}
         self.entropy = -(log_t.exp() * log_t).sum(1).float()
 
     def read(self, positions):
@@ -476,6 +476,22 @@ def test_no_epochs_leave_the_model_as_initialised(tmp_path):
     about = trainer.fit()
     assert (about["steps"], about["tokens"], about["final_loss"], about["tokens_per_second"]) == (0, 0, None, None)
     assert not trainer.step_log.path.exists()
+
+
+def test_a_student_of_another_vocabulary_is_refused_before_it_trains(tmp_path):
+    padded = make_model(0, vocabulary=VOCABULARY + 3)
+    cache = SimpleNamespace(guard={"vocabulary": VOCABULARY})
+    with pytest.raises(KdlibError, match=f"found {{'student': {VOCABULARY + 3}, 'targets': {VOCABULARY}}} tokens"):
+        make_trainer(tmp_path, padded, targets=cache, kd_weight=0.9)
+    with pytest.raises(KdlibError, match=f"'teacher': {VOCABULARY}}} tokens"):
+        make_trainer(tmp_path, padded, teacher=make_model(1), kd_weight=0.9)
+
+
+def test_features_need_the_teacher_itself(tmp_path):
+    model = make_model(0)
+    features = FeatureLoss(model, make_model(1), "hidden_mse", seed=0)
+    with pytest.raises(KdlibError, match="cached targets do not hold that"):
+        make_trainer(tmp_path, model, features=features)
 
 
 def test_a_split_without_rows_is_refused(tmp_path):

@@ -85,7 +85,9 @@ def die_at(event, folder):
         nonlocal seen
         changes = name in ("os.mkdir", "os.rename", "os.remove", "shutil.rmtree")
         changes = changes or name == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if not changes or not os.fsdecode(arguments[0]).startswith(str(folder)):
+        # A lock is a file without content, and no part of what is written.
+        path = os.fsdecode(arguments[0]) if changes else ""
+        if not path.startswith(str(folder)) or path.endswith(".lock"):
             return
         seen += 1
         if seen == event:

@@ -44,6 +44,9 @@ class ServerTeacher:
         self.server, self.vocabulary, self.top_k = server, server.vocabulary, server.top_k
         self.precision = "as served"
 
+    def fingerprint(self) -> None:
+        """A server does not tell its weights."""
+
     def chunks(self, split: Split, index: np.ndarray) -> Iterator[TopChunk]:
         """As :meth:`kdlib.cache.ModelTeacher.chunks`; every window is a prompt of its own."""
         positions = index[index >= 0]
@@ -77,6 +80,9 @@ class FileTeacher:
                 f"{split.name!r} has them, found {about.positions}{' and documents elsewhere' if moved else ''}. It needs a row for each "
                 "token of the split, in its order, the last of a document included."
             )
+
+    def fingerprint(self) -> None:
+        """A file does not tell the weights it comes from."""
 
     def chunks(self, split: Split, index: np.ndarray) -> Iterator[TopChunk]:
         """As :meth:`kdlib.cache.ModelTeacher.chunks`."""

@@ -63,6 +63,7 @@ class TargetCache:
                 "a sampled or truncated distribution cannot be re-tempered. Write targets at that temperature, or kind dense."
             )
         self.temperature, self.positions, self.precision = temperature, manifest["positions"], manifest["precision"]
+        self.weights_sha256 = manifest.get("weights_sha256")
         self.guard, self._bits, self._shards, firsts = manifest["guard"], manifest["id_bits"], [], []
         self.head = _head(folder, manifest["head_sha256"]) if self.kind.name == "dense" else None
         for number in range(manifest["shards"]):
@@ -83,6 +84,8 @@ class TargetCache:
             KdlibError: a position past the end, which would belong to other documents.
         """
         positions = np.asarray(positions, np.int64).reshape(-1)
+        if len(positions) and positions.min() < -1:
+            raise KdlibError(f"Positions count from 0, and -1 stands for padding; found {positions.min()}.")
         if self.kind.name == "dense":
             return DenseTargets(torch.from_numpy(self._gather("hidden", positions)), *self.head)
         lengths, ids, codes = self._entries(positions)

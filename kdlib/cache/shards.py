@@ -18,6 +18,8 @@ import json
 import os
 import uuid
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -145,8 +147,22 @@ def replace(path: Path, data: bytes) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed processes had begun to write; only for a folder that lacks nothing."""
-    for path in folder.glob(".*.partial"):
+    for path in [*folder.glob(".*.partial"), *folder.glob(".*.lock")]:
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def claimed_shard(folder: Path, number: int) -> Iterator[bool]:
+    """Whether this process may write a shard, or another one is at it. A process that dies gives its shard back."""
+    import fcntl  # not on every system that can read targets
+
+    with open(folder / f".{number:05d}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def describe_shard(folder: Path, number: int) -> dict | None:

@@ -3,6 +3,7 @@
 A teacher yields its logits over the rows it is given, a chunk of positions at a time, so [tokens, V] never exists.
 """
 
+import hashlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -48,6 +49,14 @@ class ModelTeacher:
         self.vocabulary = model.config.get_text_config().vocab_size if self.head is None else len(self.head[0])
         self.width = None if self.head is None else self.head[0].shape[1]
         self.precision = str(autocast or torch.float32)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the model's weights."""
+        found = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return found.hexdigest()
 
     def chunks(self, split: corpus.Split, index: np.ndarray) -> Iterator[Chunk]:
         """Chunks of the packed rows ``index`` [rows, block_length], each predicting position once."""
@@ -120,6 +129,10 @@ class DenseTeacher:
         self.cache, self.head = cache, cache.head
         self.vocabulary, self.width = cache.head[0].shape
         self.precision = cache.precision
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights of the model that wrote the dense targets."""
+        return self.cache.weights_sha256
 
     def chunks(self, split: corpus.Split, index: np.ndarray) -> Iterator[Chunk]:
         """As :meth:`ModelTeacher.chunks`."""

@@ -1,6 +1,7 @@
 """One pass of the teacher over a split, kept on disk shard by shard. A killed writer goes on where it stopped."""
 
 import hashlib
+import itertools
 import shutil
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from kdlib.cache.shards import (
     SHARD_BYTES,
     VERSION,
     check_shard,
+    claimed_shard,
     describe_shard,
     pack_entries,
     read_record,
@@ -42,7 +44,8 @@ def write_targets(
 ) -> dict:
     """Write the targets of every position of ``split``.
 
-    Several processes may write one cache on shared disk: each shard is written whole, and what they write is the same.
+    Several processes may write one cache on shared disk, and share the work: a shard that another one is at is left to it until
+    all others are done. Each shard is written whole, and what they write is the same.
 
     Args:
         folder: of the cache; finished shards in it are kept if they were written with the same arguments.
@@ -71,6 +74,7 @@ def write_targets(
         "block_length": block_length,
         "shard_tokens": shard_tokens,
         "precision": teacher.precision,
+        "weights_sha256": teacher.fingerprint(),
         "id_bits": encoding.id_bits(teacher.vocabulary),
     }
     head = None
@@ -84,16 +88,22 @@ def write_targets(
     if head is not None:
         replace(folder / "head.safetensors", head)
 
-    started, written = time.perf_counter(), 0
+    started, written, taken = time.perf_counter(), 0, []
     with bar(None, "writing targets", total=int(windows[:, 1].sum()), unit="token", unit_scale=True) as progress:
-        for number, mine in enumerate(shards):
-            if describe_shard(folder, number) is None:
-                first, last = _span(shards, number, len(split.tokens))
-                order, parts = _shard(teacher, split, mine, kind, temperature, seed, block_length)
-                arrays, sums = _arrange(order, parts, kind, first, last, description["id_bits"])
-                write_shard(folder, number, first, last, arrays, sums)
-                written += int(mine[:, 1].sum())
-            progress.update(int(mine[:, 1].sum()))
+        # Whoever has taken a shard may have died at it since, so in the end what is still missing is written whoever took it.
+        for number in itertools.chain(range(len(shards)), taken):
+            with claimed_shard(folder, number) as free:
+                if not free and number not in taken:
+                    taken.append(number)
+                    continue
+                size = int(shards[number][:, 1].sum())
+                if describe_shard(folder, number) is None:
+                    first, last = _span(shards, number, len(split.tokens))
+                    order, parts = _shard(teacher, split, shards[number], kind, temperature, seed, block_length)
+                    arrays, sums = _arrange(order, parts, kind, first, last, description["id_bits"])
+                    write_shard(folder, number, first, last, arrays, sums)
+                    written += size
+                progress.update(size)
     seconds = time.perf_counter() - started
     return _finish(folder, description, len(shards), len(split.tokens), written / seconds if written else None)
 

@@ -66,7 +66,7 @@ class StepLog:
         """Append a row; columns that ``values`` leave out stay empty."""
         fresh = not self.path.is_file()
         shared = {"step": step, "epoch": epoch, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
-        shared |= {"peak_memory_bytes": peak_memory_bytes()}
+        values = values | {"peak_memory_bytes": peak_memory_bytes()}
         with open(self.path, "a", newline="") as file:
             writer = csv.DictWriter(file, LOG_COLUMNS, restval="")
             if fresh:
@@ -98,7 +98,10 @@ def memory_bytes() -> int:
 
 def peak_memory_bytes() -> int:
     """The most memory in use so far: allocated on the GPU if there is one, else the process's resident set."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """The largest resident set that this process has had."""
     # Linux counts in KiB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

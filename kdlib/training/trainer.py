@@ -57,9 +57,10 @@ class DistillationTrainer(Trainer):
         validation, validation_index: measured a few times along the way; a short run measures only every n-th row.
 
     Raises:
-        KdlibError: a ``low_precision`` this machine has not, nothing to train on, a teacher that shares parameters with the
-            model, a multiplier that matches no parameter, another number of weights than positions, several processes that
-            would share one run, or (while training) a non-finite loss or gradient.
+        KdlibError: a ``low_precision`` this machine has not, nothing to train on, a vocabulary other than the targets' or the
+            teacher's, features without a teacher, a teacher that shares parameters with the model, a multiplier that matches no
+            parameter, another number of weights than positions, several processes that would share one run, or (while training) a
+            non-finite loss or gradient.
     """
 
     def __init__(
@@ -92,6 +93,12 @@ class DistillationTrainer(Trainer):
         if not len(index):
             raise KdlibError(
                 f"The split {split.name!r} has no rows to train on; raise train_tokens or lower block_length."
+            )
+        self._check_vocabularies(model, targets, teacher)
+        if features is not None and teacher is None:
+            raise KdlibError(
+                "A loss of features compares with what the teacher computes inside, and cached targets do not hold that; found features "
+                "without a teacher. Give the teacher itself, to be asked in the loop."
             )
         if teacher is not None and {id(one) for one in teacher.parameters()} & {id(one) for one in model.parameters()}:
             raise KdlibError(
@@ -161,6 +168,19 @@ class DistillationTrainer(Trainer):
             teacher.to(self.args.device).eval().requires_grad_(False)
         self._parts = dict.fromkeys(("loss", "ce", "kd", "feature", "tokens"), 0)
 
+    @staticmethod
+    def _check_vocabularies(model, targets: TargetCache | None, teacher) -> None:
+        sizes = {"student": len(models.head(model)[0])}
+        if targets is not None and "vocabulary" in targets.guard:
+            sizes["targets"] = targets.guard["vocabulary"]
+        if teacher is not None:
+            sizes["teacher"] = len(models.head(teacher)[0])
+        if len(set(sizes.values())) > 1:
+            raise KdlibError(
+                f"Student and teacher must share one vocabulary, padding included; found {sizes} tokens. Cut the larger one down to the "
+                "corpus's tokens (kdlib.vocabulary.slice_model)."
+            )
+
     def fit(self) -> dict:
         """Train to the end, from the newest whole checkpoint if there is one.
 
@@ -177,7 +197,8 @@ class DistillationTrainer(Trainer):
         elif checkpoint is not None:
             # Killed after its last step; the Trainer would take one more.
             self._load_from_checkpoint(str(checkpoint))
-            self.create_optimizer()  # freezes what was not trained, which the FLOPs below depend on
+            # Freezes what was not trained, which the FLOPs below depend on.
+            parameter_groups(self.model, self.multipliers, self.args.learning_rate, self.args.weight_decay)
         if hasattr(self.model, "projectors"):
             del self.model.projectors
         rows, tokens = read_log(self.step_log.path), self.step_log.tokens
