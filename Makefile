@@ -13,7 +13,7 @@ help:
 env: .venv/ready  ## the environment, made once from the lock files
 
 # Modules are byte-compiled when they are first imported (--no-compile): most never are. Images that forbid Python to write
-# bytecode would compile them again in every process, for longer than a small student trains.
+# bytecode would compile them again in every process of a study.
 export PYTHONDONTWRITEBYTECODE :=
 # The marker is written last, and the folder is emptied first: an environment that was interrupted half-way is made anew.
 .venv/ready: requirements.lock torch.lock

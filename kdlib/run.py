@@ -130,7 +130,7 @@ def execute(path: Path, output: Path, values: dict[str, Any]) -> int:
     # core from those that it waits for wherever the machine does anything else; if it never spun, small steps would drag.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # Memory that is freed stays with the process, up to half a GiB: handed back to the system, each chunk of log-probabilities
-    # would be faulted in again page by page, which doubled the time of an evaluation.
+    # would be faulted in again page by page.
     for threshold in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
         os.environ.setdefault(threshold, str(2**29))
     output.parent.mkdir(parents=True, exist_ok=True)
