@@ -1,6 +1,6 @@
 """From sources to documents: cut, assigned to splits, and free of duplicates across splits.
 
-A *source* (a speech, an article, a chat, a recipe, a chapter or a section of a long one) is the unit that is held out
+A *source* (a speech, an article, a chat, a recipe, a chapter, a section of a long file of your own) is the unit that is held out
 and resampled; it is cut into *documents* small enough to train on. A document's id is ``<domain>/<name>#<nn>``, its
 source's the part before ``#``.
 """
@@ -134,9 +134,9 @@ def read_documents(
         },
         "max_characters": max_characters,
         "salt": salt,
-        "note": "The unit that is held out is the source. Chapters of a book are sources of their own, and so is every "
-        f"section of at most {SECTION_CHARACTERS:,} characters of a longer chapter or file. For such text the test measures "
-        "new passages of known books: other sections of the same chapter can lie in train.",
+        "note": "The unit that is held out is the source. A chapter of a book is one, so for books the test measures new "
+        f"chapters of known books. Of your own .txt files longer than {SECTION_CHARACTERS:,} characters every section of at "
+        "most that length is one, so the test measures new passages of known files.",
     }
     return table, report
 

@@ -30,6 +30,7 @@ from kdlib.corpus import Split, pack, rows
 from kdlib.ensemble.model import EnsembleForCausalLM
 from kdlib.ensemble.pooling import POOLS, label_ambiguity, log_probs, logit_ambiguity
 from kdlib.errors import KdlibError
+from kdlib.losses.logits import head_logits
 from kdlib.models import attention_mask, body, head
 from kdlib.progress import bar
 
@@ -144,13 +145,12 @@ class _Chunks:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         layers = [
-            (state, weight.to(state.dtype), None if bias is None else bias.to(state.dtype))
-            for state, (weight, bias) in zip(self.states, self.heads, strict=True)
+            (state, weight.to(state.dtype), bias) for state, (weight, bias) in zip(self.states, self.heads, strict=True)
         ]
         size = max(1, CHUNK // (len(layers) * len(layers[0][1])))
         for start in range(0, len(self.targets), size):
             part = slice(start, start + size)
-            members = torch.stack([log_probs(functional.linear(state[part], *layer)) for state, *layer in layers])
+            members = torch.stack([log_probs(head_logits(state[part], *layer)) for state, *layer in layers])
             yield members, members[0] if self.pool is None else POOLS[self.pool](members), self.targets[part]
 
 

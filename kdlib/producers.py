@@ -185,7 +185,7 @@ def _targets_teacher(step: Step, inputs: dict, split: corpus.Split, tokenizer):
     """Whoever is asked for targets: the profile's teacher, its dense targets, a server or a file."""
     values = step.parameters
     if values.source == "dense":
-        return DenseTeacher(open_targets(inputs | {"targets": inputs["dense"]}, split, 1.0))
+        return DenseTeacher(open_targets(inputs | {"targets": inputs["dense"]}, split, 1.0), _device())
     if values.source == "teacher":
         model = load_model(inputs["teacher"])
         rows = 8 if model.device.type == "cpu" else 64
@@ -288,7 +288,9 @@ def _text(
     if values.text == "unigram":
         return synthetic.unigram(train, tokenizer, tokens, block_length, values.seed), None, None
     if values.text == "teacher":
-        return synthetic.sampled(teacher, tokenizer, tokens, block_length, values.seed), None, None
+        # A step of generation takes a GPU as long for few documents as for many.
+        rows = 32 if teacher.device.type == "cpu" else 512
+        return synthetic.sampled(teacher, tokenizer, tokens, block_length, values.seed, batch_size=rows), None, None
     if chosen is None:
         return train, None, None
     if chosen.mode == "weighted":

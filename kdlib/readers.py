@@ -107,14 +107,11 @@ def encyclopaedia(path: Path, source: Source) -> Named:
 
 
 def fiction(path: Path, source: Source) -> Named:
-    """Chapters or stories of books; long ones in sections. Every section is a source of its own."""
+    """Chapters or stories of books, each a source of its own: books are too few to give every split one."""
     for name, book in _members(path, source):
         title = PurePosixPath(name).stem
         for number, chapter in enumerate(_chapters(book.strip())):
-            # Sections of one book, even of one chapter, may stand in different splits: books are too few to give every
-            # split one.
-            for section, text in enumerate(cut(_unwrapped(chapter), SECTION_CHARACTERS)):
-                yield f"{title}/{number:03d}.{section}", text
+            yield f"{title}/{number:03d}", _unwrapped(chapter)
 
 
 def _chapters(book: str) -> list[str]:

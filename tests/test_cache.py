@@ -688,6 +688,46 @@ def test_other_kinds_come_from_dense_targets_as_from_the_model(tmp_path, kind):
     assert (exact - other).abs().max() < bound.max()
 
 
+def redraws(folder, kind, number):
+    """[number, positions, V]: targets of the seeds 0, 1, … from one cache of dense ones, and the t [positions, V] they are drawn from."""
+    split = make_split(documents=20)
+    write(folder / "dense", DENSE, split=split, shard_tokens=10**6)
+    whole, where = read(folder / "dense", split), predicting(split)
+    for seed in range(number):
+        write(folder / str(seed), kind, split=split, teacher=DenseTeacher(whole), seed=seed, shard_tokens=10**6)
+    found = [dense(read(folder / str(seed), split).read(where)).numpy() for seed in range(number)]
+    return np.stack(found), log_probs(whole.read(where)).double().exp().numpy()
+
+
+@pytest.mark.parametrize("kind", [SAMPLED, IMPORTANCE, HYBRID], ids=["sampled", "importance", "topk_sampled"])
+def test_redraws_are_uncorrelated_and_their_mean_nears_the_teacher_as_one_over_the_root_of_their_number(tmp_path, kind):
+    number, sizes = 64, (1, 4, 16, 64)
+    drawn, t = redraws(tmp_path, kind, number)
+    errors, each = drawn - t, variance(kind, t).sum(1)
+    pairs = np.triu_indices(number, 1)
+    z = stats.norm.isf(FALSE_ALARM / 2 / (len(sizes) + len(pairs[0])))
+    for size in sizes:
+        # [groups, positions], independent of one another: the squared error of the mean of `size` redraws has mean each / size.
+        of_means = (errors.reshape(-1, size, *t.shape).mean(1) ** 2).sum(-1) * size - each
+        assert abs(of_means.mean()) < z * of_means.std() / of_means.size**0.5
+    # [redraws, redraws, positions]: a sum of independent terms of mean 0 stays within z roots of the sum of their squares.
+    products = np.einsum("apv,bpv->abp", errors, errors)
+    correlations = products.sum(-1) / np.sqrt((products**2).sum(-1))
+    assert np.abs(correlations[pairs]).max() < z < correlations.diagonal().min()
+
+
+def test_what_one_redraw_takes_says_nothing_of_what_the_next_one_takes(tmp_path):
+    drawn, t = redraws(tmp_path, Kind("sampled", draws=1), 64)
+    ranks = np.argsort(np.argsort(-t))[np.arange(len(t)), drawn.argmax(-1)].clip(max=3)
+    likelihoods = np.sort(t)[:, ::-1]
+    shares = np.c_[likelihoods[:, :3], likelihoods[:, 3:].sum(1)]
+    counts, expected = np.zeros((4, 4)), len(drawn) // 2 * shares.T @ shares
+    np.add.at(counts, (ranks[::2], ranks[1::2]), 1)
+    # Sums over positions of unlike distributions vary less than the multinomial counts that the bound is for.
+    assert expected.min() > 20
+    assert ((counts - expected) ** 2 / expected).sum() < stats.chi2.isf(FALSE_ALARM, 15)
+
+
 def test_dense_targets_written_from_dense_targets_are_the_same_files(tmp_path):
     split = make_split()
     write(tmp_path / "one", DENSE, split=split)

@@ -569,9 +569,15 @@ def test_fiction_is_cut_into_chapters_and_its_lines_are_joined(tmp_path):
         "And on.\r\n\r\n\r\n\r\nCHAPTER II.\r\n\r\nThe end."
     )
     assert read("fiction", tmp_path, {"texts/Doe - Night.txt": book}) == {
-        "Doe - Night/000.0": "Chapter 1\n\nIt was a dark night.\n\nO verse\nso short\n\nAnd on.",
-        "Doe - Night/001.0": "CHAPTER II.\n\nThe end.",
+        "Doe - Night/000": "Chapter 1\n\nIt was a dark night.\n\nO verse\nso short\n\nAnd on.",
+        "Doe - Night/001": "CHAPTER II.\n\nThe end.",
     }
+
+
+def test_a_long_chapter_is_one_source(tmp_path):
+    chapter = "\n\n".join(words(n, 100) for n in range(100))
+    assert len(chapter) > 2 * readers.SECTION_CHARACTERS
+    assert read("fiction", tmp_path, {"texts/Doe - Night.txt": chapter}) == {"Doe - Night/000": chapter}
 
 
 def test_speeches_lose_the_editors_notes(tmp_path):

@@ -22,12 +22,12 @@ from kdlib.losses.features import (
 )
 from kdlib.losses.layers import VECTORS, capture, taps
 
-ARCHITECTURES = ("llama", "gpt2", "qwen3")
+ARCHITECTURES = ("llama", "gpt2", "qwen2", "qwen3")
 OBJECTIVES = ("hidden_mse", "hidden_cosine", "attention_mse", "relation")
 PADDING_TOKEN = 10
 SEGMENTS = torch.tensor([[0, 0, 0, 0, 1, 1, 1, -1], [0, 0, 1, 1, 1, 1, -1, -1]])
-# Llama and Qwen3 compute norms and softmax in float32 even in a float64 model; their gradients are rounded on the way.
-TOLERANCE = {"llama": 2e-6, "gpt2": 1e-10, "qwen3": 2e-6}
+# Llama and Qwen compute norms and softmax in float32 even in a float64 model; their gradients are rounded on the way.
+TOLERANCE = {"llama": 2e-6, "gpt2": 1e-10, "qwen2": 2e-6, "qwen3": 2e-6}
 
 
 def normal(*shape, seed):
@@ -39,6 +39,7 @@ def decoder(architecture="llama", seed=0, layers=3, width=16, heads=4, attention
     grouped = {"intermediate_size": 24, "num_key_value_heads": heads // 2}
     sizes = {
         "llama": grouped,
+        "qwen2": grouped,
         "qwen3": grouped | {"head_dim": 6},  # not width / heads
         "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     }
@@ -136,7 +137,8 @@ def vectors(block, hidden, feature):
         d = width // block.attn.num_heads
     else:
         attention = block.self_attn
-        projected = block.input_layernorm(hidden) @ getattr(attention, f"{feature[0]}_proj").weight.T
+        projection = getattr(attention, f"{feature[0]}_proj")
+        projected = F.linear(block.input_layernorm(hidden), projection.weight, projection.bias)
         d = attention.head_dim
     heads = [projected[:, :, start : start + d] for start in range(0, projected.shape[-1], d)]
     norm = getattr(getattr(block, "self_attn", None), f"{feature[0]}_norm", None)

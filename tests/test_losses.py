@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -19,6 +20,8 @@ MASKED = [2, 7]
 KINDS = ["sampled", "top-k with tail", "dense"]
 # Half the last place of bfloat16's 8-bit significand.
 BF16_ROUNDING = 2.0**-9
+# The largest relative error of one rounding, that of a number just above a power of two.
+BF16_UNIT, FLOAT32_UNIT = 2.0**-8, 2.0**-24
 
 
 def normal(*shape, seed, dtype=torch.float64):
@@ -484,6 +487,67 @@ def test_log_softmax_in_bf16_spoils_the_gradient_where_ours_stays_within_roundin
     assert gradient.dtype == torch.bfloat16
     assert relative_error(gradient, expected) < BF16_ROUNDING
     assert relative_error(parts.loss, expected_loss) < 1e-4
+
+
+def near_teacher(kind, gap, shift, temperature):
+    """A student [hidden, weight, bias] whose logits are a few ``gap`` from the teacher's, and targets, all of float32.
+
+    Both have ``shift`` in their biases. Hidden states are multiples of 1/4 up to 1 and weights of 1/8 up to 3/2, so that the
+    student's products are multiples of 1/32 below 8, which bfloat16 holds exactly, as float32 does all logits.
+    """
+    hidden = (2 * normal(TOKENS, WIDTH, seed=0)).round().clamp(-4, 4) / 4
+    weight = (8 * normal(VOCABULARY, WIDTH, seed=1)).round().clamp(-12, 12) / 8
+    student = [hidden.float(), weight.float(), torch.full((VOCABULARY,), shift)]
+    further = gap * normal(TOKENS, 2, seed=3).round(), normal(VOCABULARY, 2, seed=4).round()
+    factors = [torch.cat([x, y.float()], 1) for x, y in zip(student[:2], further, strict=True)]
+    targets = DenseTargets(*factors, student[2].clone())
+    if kind != "dense":
+        t = probabilities(teacher_logits(in_dtype(targets, torch.float64)), temperature)
+        targets = top_k(t, 4, temperature) if kind == "top-k with tail" else draws_of(t, temperature)
+    return [x.requires_grad_() for x in student], in_dtype(targets, torch.float32)
+
+
+def draws_of(t, temperature, draws=20):
+    """Draws from t, all ids listed."""
+    drawn = torch.multinomial(t, draws, replacement=True, generator=torch.Generator().manual_seed(0))
+    weights = F.one_hot(drawn, t.shape[1]).sum(1) / draws
+    ids = torch.arange(t.shape[1]).expand(len(t), -1)
+    return SparseTargets(ids, weights, None, -torch.xlogy(t, t).sum(1), temperature)
+
+
+def in_dtype(targets, dtype):
+    floating = {name: x.to(dtype) for name, x in vars(targets).items() if name != "ids" and torch.is_tensor(x)}
+    return replace(targets, **floating)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gap", [2.0**-7, 2.0**-10])
+@pytest.mark.parametrize("shift", [0.0, 100.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_near_the_teacher_bf16_rounds_the_small_gradient_and_not_what_it_is_the_difference_of(
+    kind, gap, shift, temperature
+):
+    student, targets = near_teacher(kind, gap, shift, temperature)
+    _, found = fused(student, torch.arange(TOKENS), targets, 1.0, temperature, matmul_dtype=torch.bfloat16)
+    exact = [x.detach().double().requires_grad_() for x in student]
+    logits = logits_of(exact)
+    total = kl_by_hand(kind, logits, in_dtype(targets, torch.float64), temperature).sum() / TOKENS
+    pull, *expected = torch.autograd.grad(total, [logits, *exact])
+
+    # The gradient with respect to the logits is tau / T * (s - target), either term off by some float32 units: one for each
+    # number a softmax sums, one for each nat that exponents and their logarithms span, and a few for single operations.
+    logits = logits.detach()
+    units = VOCABULARY + (logits.amax(1) - logits.amin(1)).max() + 16
+    off = units * FLOAT32_UNIT * (2 * temperature / TOKENS * probabilities(logits, temperature) + pull.abs())
+    # It is rounded to bfloat16 and multiplied out; products are summed in float32, and rounded to bfloat16 once more.
+    rounded = off + (BF16_UNIT + (VOCABULARY + TOKENS) * FLOAT32_UNIT) * (pull.abs() + off)
+    bounds = [rounded @ exact[1].abs(), rounded.T @ exact[0].abs()]
+    bounds = [bound + BF16_UNIT * (e.abs() + bound) for bound, e in zip(bounds, expected, strict=False)]
+    # Its sum over tokens, the bias's, is of float32 throughout.
+    bounds.append((off + TOKENS * FLOAT32_UNIT * (pull.abs() + off)).sum(0))
+    for a, e, bound in zip(found, expected, bounds, strict=True):
+        assert ((a.double() - e).abs() <= bound).all()
+        assert bound.norm() < 9 * BF16_UNIT * e.norm()
 
 
 def test_autocast_around_the_loss_does_not_reach_inside():

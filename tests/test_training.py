@@ -52,6 +52,13 @@ DEFAULTS = {
     "profile": "tiny", "epochs": 2, "batch_size": 4, "gradient_accumulation": 1, "learning_rate": 1e-2, "warmup": 0.1,
     "weight_decay": 0.1, "seed": 0, "precision": "float32", "compile": False,
 }  # fmt: skip
+ARCHITECTURES = ("llama", "gpt2", "qwen3")
+TOKENIZER = SimpleNamespace(
+    get_vocab=lambda: {str(token): token for token in range(VOCABULARY)},
+    bos_token_id=0,
+    eos_token_id=0,
+    pad_token_id=None,
+)
 
 
 def settings(**changes):
@@ -67,6 +74,21 @@ def make_trainer(folder, model=None, split=None, validation=True, changes=None, 
     model = make_model(0) if model is None else model
     rows = pack(split.windows(BLOCK), BLOCK)
     return kind(model, settings(**changes or {}), split, rows, folder, validation=validation or None, **options)
+
+
+def built(architecture, seed, dropout=0.0, width=16):
+    """A model as producers build it, but far from uniform, with norms and biases drawn too, so that none goes unnoticed."""
+    shape = models.Shape(layers=2, hidden_size=width, heads=2, architecture=architecture)
+    model = models.build(shape, TOKENIZER, BLOCK, seed, "eager").eval()
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
+        elif hasattr(module, "attention_dropout"):
+            module.attention_dropout = dropout
+    return model
 
 
 def loose(split):
@@ -284,23 +306,102 @@ def test_cached_and_online_teachers_train_alike_up_to_the_caches_rounding(tmp_pa
         assert np.allclose(np.float64(column(trainer, name)), np.float64(column(other, name)), atol=1e-4)
 
 
-def test_the_teacher_in_the_loop_has_no_dropout_while_the_students_stays_on(tmp_path):
+class Gradients(TrainerCallback):
+    """The gradients that the latest step was taken with."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        self.found = {name: one.grad.clone() for name, one in model.named_parameters()}
+
+
+def target_of(source, folder, teacher, split, temperature):
+    """What the trainer is given, and a function that reads for itself: flat position -> target [V] and its entropy."""
+
+    def whole(log_t):
+        return log_t.exp(), -(log_t.exp() @ log_t)
+
+    if source == "online":
+        log_probs = dense_log_probs(teacher, split, temperature)
+        return {"teacher": teacher}, lambda position: whole(log_probs[position])
+    cache = cache_of(folder, teacher, split, source, temperature=1.0 if source == "dense" else temperature)
+
+    def read(position):
+        found = cache.read(np.array([position]))
+        if source == "dense":
+            return whole(torch.log_softmax((found.hidden @ found.weight.T)[0].double() / temperature, 0))
+        t = torch.zeros(VOCABULARY, dtype=torch.float64)
+        return t.scatter_add_(0, found.ids[0], found.weights[0].double()), found.entropy[0].double()
+
+    return {"targets": cache}, read
+
+
+def step_by_hand(student, split, windows, target, kd_weight, temperature):
+    """Mean CE, KD and loss over all tokens of the windows, each alone, from the logits transformers itself returns."""
+    ce, kd = 0.0, 0.0
+    for start, length in windows.tolist():
+        tokens = torch.from_numpy(split.tokens[start : start + length + 1].astype(np.int64))
+        for place, logits in enumerate(student(tokens[None, :-1]).logits[0]):
+            t, entropy = target(start + place)
+            ce = ce - torch.log_softmax(logits, 0)[tokens[place + 1]]
+            kd = kd - temperature**2 * (t @ torch.log_softmax(logits / temperature, 0) + entropy)
+    ce, kd = ce / windows[:, 1].sum(), kd / windows[:, 1].sum()
+    return {"ce": ce, "kd": kd, "loss": kd_weight * kd + (1 - kd_weight) * ce}
+
+
+# Each architecture teaches another.
+@pytest.mark.parametrize(("architecture", "teacher"), [("llama", "qwen3"), ("gpt2", "llama"), ("qwen3", "gpt2")])
+@pytest.mark.parametrize("source", ["online", "sampled", "dense"])
+def test_a_whole_step_is_that_of_dense_logits_of_each_window_alone(tmp_path, architecture, teacher, source):
+    kd_weight, temperature = 0.6, 2.0
+    split = make_split(documents=20, longest=12)
+    windows = split.windows(BLOCK)[:12]
+    index = pack(windows, BLOCK)
+    # Rows of several windows and of padding, in micro-batches of unequal numbers of tokens.
+    assert len(index) % 2 == 0 and len(windows) > len(index) and len(set((index >= 0).sum(1))) > 1
+    student, teacher = built(architecture, 0).double(), built(teacher, 1, width=24).double()
+    options, target = target_of(source, tmp_path / "targets", teacher, split, temperature)
+    expected = step_by_hand(student, split, windows, target, kd_weight, temperature)
+    names = [name for name, _ in student.named_parameters()]
+    by_hand = dict(zip(names, torch.autograd.grad(expected["loss"], list(student.parameters())), strict=True))
+
+    before = {name: value.detach().clone() for name, value in student.named_parameters()}
+    values = settings(epochs=1, batch_size=2, gradient_accumulation=len(index) // 2)
+    trainer = DistillationTrainer(
+        student, values, split, index, tmp_path, kd_weight=kd_weight, temperature=temperature, **options
+    )
+    trainer.args.max_grad_norm = 0.0
+    step = Gradients()
+    trainer.add_callback(step)
+    assert trainer.fit()["steps"] == 1
+    for name, value in expected.items():
+        assert float(column(trainer, name)[0]) == pytest.approx(value.item(), rel=1e-5)
+    for name, gradient in by_hand.items():
+        # Norms and the eager softmax are computed in float32, and so are logits of cached hidden states.
+        assert (step.found[name] - gradient).norm() < 1e-5 * gradient.norm(), name
+    # Adam's first step: both moments are the gradient's own.
+    rate, decay = values.learning_rate, values.weight_decay
+    for name, value in student.named_parameters():
+        moved = step.found[name] / (step.found[name].abs() + 1e-8) + decay * (value.ndim > 1) * before[name]
+        assert (value - (before[name] - rate * moved)).abs().max() < 1e-9, name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_teacher_in_the_loop_has_no_dropout_while_the_students_stays_on(tmp_path, architecture):
     split = make_split(documents=20)
     modes = {"teacher": set(), "student": set()}
 
-    def watch(name):
-        return lambda module, *_: modes[name].add(module.training)
+    def watch(model, name):
+        attention = next(module for path, module in model.named_modules() if path.endswith(("self_attn", ".attn")))
+        attention.register_forward_hook(lambda module, *_: modes[name].add(module.training))
+        return model
 
-    runs = {}
+    runs, options = {}, {"split": split, "kd_weight": 0.9, "validation": False, "changes": {"epochs": 1}}
     for dropout in (0.0, 0.5):
-        teacher, student = make_model(1, dropout).train(), make_model(0, dropout=0.3)
-        teacher.model.layers[0].self_attn.register_forward_hook(watch("teacher"))
-        student.model.layers[0].self_attn.register_forward_hook(watch("student"))
-        options = {"model": student, "split": split, "teacher": teacher, "kd_weight": 0.9, "validation": False}
-        runs[dropout], _ = trained(tmp_path / str(dropout), **options)
+        teacher = watch(built(architecture, 1, dropout).train(), "teacher")
+        student = watch(built(architecture, 0, dropout=0.3), "student")
+        runs[dropout], _ = trained(tmp_path / str(dropout), student, teacher=teacher, **options)
     assert modes == {"teacher": {False}, "student": {True}}
     assert same(runs[0.0], runs[0.5])
-    steady, _ = trained(tmp_path / "steady", split=split, teacher=make_model(1), kd_weight=0.9, validation=False)
+    steady, _ = trained(tmp_path / "steady", built(architecture, 0), teacher=built(architecture, 1), **options)
     assert not same(runs[0.0], steady)
 
 
@@ -657,11 +758,15 @@ def logged(folder):
 
 
 def make_student(kind):
+    if kind in ARCHITECTURES:
+        return built(kind, 0, dropout=0.3)
     return models.lora(make_model(0), 2, 4.0, 0.3, seed=0) if kind == "lora" else make_model(0, dropout=0.3)
 
 
 # Before the first checkpoint, within an epoch, at the end of one, right before the last step.
-@pytest.mark.parametrize(("student", "stops"), [("whole", (1, 7, 8, 11)), ("lora", (7,))])
+@pytest.mark.parametrize(
+    ("student", "stops"), [("whole", (1, 7, 8, 11)), ("lora", (7,)), ("gpt2", (7,)), ("qwen3", (7,))]
+)
 def test_a_run_interrupted_in_any_epoch_goes_on_to_the_same_weights_and_log(tmp_path, student, stops):
     split = make_split(documents=20)
     targets = cache_of(tmp_path / "targets", make_model(1), split)

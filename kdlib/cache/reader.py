@@ -105,6 +105,39 @@ class TargetCache:
             torch.from_numpy(padded_ids), torch.from_numpy(weights), tail, torch.from_numpy(entropy), self.temperature
         )
 
+    def document_positions(self, split: Split, document: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Flat positions, int64 [stop - start], of one document: what the methods that read targets take.
+
+        Args:
+            split: the one whose guard the targets were opened with; only its length is compared here.
+            document: an id of ``split.documents``.
+            start, stop: positions counted from 0 within the document, ``stop`` exclusive; by default all that predict. Position
+                p predicts token p of the document's text, the last one the separator after it.
+
+        Raises:
+            KdlibError: a split of another length, an unknown document, a range that does not lie within the document.
+        """
+        if len(split.tokens) != self.positions:
+            raise KdlibError(
+                f"These targets have {self.positions} positions, the split {split.name!r} has {len(split.tokens)}. Give the "
+                "split that they were opened for."
+            )
+        found = np.flatnonzero(split.documents.document == document)
+        if not len(found):
+            raise KdlibError(
+                f"The split {split.name!r} has no document {document!r}. Take an id from its column 'document', such as "
+                f"{split.documents.document.iloc[0]!r}."
+            )
+        first, end = split.offsets[found[0] : found[0] + 2].tolist()
+        predicting = end - first - 1
+        stop = predicting if stop is None else stop
+        if not 0 <= start <= stop <= predicting:
+            raise KdlibError(
+                f"The document {document!r} has {predicting} positions: expected 0 <= start <= stop <= {predicting}, found start "
+                f"{start} and stop {stop}. Positions count from its beginning; without stop they go to its end."
+            )
+        return first + np.arange(start, stop, dtype=np.int64)
+
     def likeliest(self, positions: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
         """What the targets hold most likely at flat ``positions`` [T]: ids and probabilities, descending, at most ``n`` a row.
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from kdlib import corpus, models
 from kdlib.errors import KdlibError
+from kdlib.losses.logits import head_logits
 
 # Logits held at a time: a few dozen tokens on a CPU, so that they stay in its caches.
-CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
+CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
 
 
 class Chunk(NamedTuple):
@@ -102,10 +103,9 @@ class ModelTeacher:
                 output = models.body(self.model)(**inputs).last_hidden_state
         return at[used.cpu().numpy()], rows["labels"][used], output[used]
 
-    @torch.no_grad()
     def _logits(self, hidden: Tensor) -> Tensor:
-        with self._precision(hidden.device):
-            return nn.functional.linear(hidden, *self.head).float()
+        dtype, (weight, bias) = self.autocast or hidden.dtype, self.head
+        return head_logits(hidden.to(dtype), weight.to(dtype), bias)
 
     def _precision(self, device: torch.device):
         return torch.autocast(device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None)
@@ -116,18 +116,20 @@ class DenseTeacher:
 
     Args:
         cache: opened :class:`kdlib.cache.TargetCache` of kind dense.
+        device: where the distributions are computed and drawn from.
 
     Raises:
         KdlibError: targets of another kind.
     """
 
-    def __init__(self, cache):
+    def __init__(self, cache, device: torch.device | str = "cpu"):
         if cache.head is None:
             raise KdlibError(
                 f"Other kinds are drawn from dense targets, which hold whole distributions; found {cache.kind.name}. Write dense ones first."
             )
-        self.cache, self.head = cache, cache.head
-        self.vocabulary, self.width = cache.head[0].shape
+        self.cache, self.device = cache, torch.device(device)
+        self.head = tuple(None if one is None else one.to(self.device) for one in cache.head)
+        self.vocabulary, self.width = self.head[0].shape
         self.precision = cache.precision
 
     def fingerprint(self) -> str:
@@ -137,10 +139,9 @@ class DenseTeacher:
     def chunks(self, split: corpus.Split, index: np.ndarray) -> Iterator[Chunk]:
         """As :meth:`ModelTeacher.chunks`."""
         positions = index[index >= 0]
-        step = max(1, CHUNK_ELEMENTS["cpu"] // self.vocabulary)
+        step = max(1, CHUNK_ELEMENTS.get(self.device.type, 2**21) // self.vocabulary)
         for low in range(0, len(positions), step):
             part = positions[low : low + step]
-            targets = self.cache.read(part)
-            logits = nn.functional.linear(targets.hidden, targets.weight, targets.bias)
-            labels = torch.from_numpy(split.tokens[part + 1].astype(np.int64))
-            yield Chunk(part, labels, logits, targets.hidden)
+            hidden = self.cache.read(part).hidden.to(self.device)
+            labels = torch.from_numpy(split.tokens[part + 1].astype(np.int64)).to(self.device)
+            yield Chunk(part, labels, head_logits(hidden, *self.head), hidden)

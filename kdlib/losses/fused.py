@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kdlib.errors import KdlibError
 from kdlib.losses.divergences import DIVERGENCES, divergence_loss
+from kdlib.losses.logits import head_logits
 from kdlib.losses.reference import IGNORED
 from kdlib.losses.targets import DenseTargets, SparseTargets
 
@@ -164,7 +165,6 @@ class _LinearDistillation(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, labels, targets, token_weights, kd_weight, scale, dtype, chunk_tokens, term):
         exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         w = weight.to(dtype)
-        b = None if bias is None else bias.to(dtype)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device) if wants_weight else None
@@ -180,9 +180,7 @@ class _LinearDistillation(torch.autograd.Function):
                 rows = slice(start, start + chunk_tokens)
                 h = hidden[rows].to(dtype)
                 low, logits = low_buffer[: len(h)], exact_buffer[: len(h)]
-                torch.mm(h, w.T, out=low) if b is None else torch.addmm(b, h, w.T, out=low)
-                if low is not logits:
-                    logits.copy_(low)
+                head_logits(h, w, bias, logits, low)
                 part = None if targets is None else targets[rows]
                 grad, chunk_ce, chunk_kd = term(logits, labels[rows, None], part, kd_weight)
                 if token_weights is not None:
@@ -273,7 +271,7 @@ def _by_autograd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`_forward_kl`, for any divergence."""
     if isinstance(targets, DenseTargets):
-        targets = torch.nn.functional.linear(targets.hidden, targets.weight, targets.bias)
+        targets = targets.logits()
     leaf = logits.clone().requires_grad_()
     with torch.enable_grad():
         kd = divergence_loss(divergence, leaf, targets, temperature, **options)
@@ -324,8 +322,7 @@ def _pull_dense(
     logits: Tensor, label: Tensor, targets: DenseTargets, temperature: float, step: float, shared: float, softmax_
 ) -> tuple[Tensor, Tensor]:
     """As :func:`_pull_sparse`, with the target the whole distribution t: (step + shared) * s - step * t."""
-    teacher = torch.nn.functional.linear(targets.hidden, targets.weight, targets.bias).to(logits.dtype)
-    log_t = torch.log_softmax(teacher / temperature, dim=-1)
+    log_t = torch.log_softmax(targets.logits().to(logits.dtype) / temperature, dim=-1)
     log_s = torch.log_softmax(logits, dim=-1)
     picked = log_s.gather(1, label).squeeze(1)
     t = log_t.exp()

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kdlib.losses.logits import head_logits
+
 
 @dataclass(frozen=True)
 class SparseTargets:
@@ -62,6 +64,10 @@ class DenseTargets:
 
     def __getitem__(self, rows) -> "DenseTargets":
         return DenseTargets(self.hidden[rows], self.weight, self.bias)
+
+    def logits(self) -> Tensor:
+        """The teacher's logits [T, V], see :func:`kdlib.losses.logits.head_logits`."""
+        return head_logits(self.hidden, self.weight, self.bias)
 
     def to(self, device: torch.device) -> "DenseTargets":
         """The same targets on ``device``."""
