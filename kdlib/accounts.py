@@ -43,7 +43,9 @@ def setup(profile: str, resamples: int) -> pd.DataFrame:
         "profile": profiles.load(profile).name,
         "runs": len(table),
         "date": max(runs.read_json(run.path / "provenance.json")["started"] for run in table.run)[:10],
-        "device": " and ".join(sorted({run.metrics["cost"]["device"] for run in table.run})),
+        # A corpus is made where no model computes.
+        "device": " and ".join(sorted({run.metrics["cost"]["device"] for run in table.run if run.kind != "corpus"})),
+        "side_by_side": f"{runs.side_by_side(profile, trained.run):.0f}",
         "domains": _listed(list(text.settings["parameters"]["domains"])),
         "ood": text.settings["parameters"]["ood"],
         "train_tokens": card["splits"]["train"]["tokens"],

@@ -53,6 +53,7 @@ README_PROFILE = "laptop"
 README_FIGURES = {
     "methods": "Negative log-likelihood of every method on test and out-of-domain text, with intervals",
     "objectives": "Students with and without soft targets, seed by seed, and the differences with intervals",
+    "targets": "Gradient angle, distance from the teacher, test loss and calibration error against bytes a token on disk",
 }
 
 
@@ -339,8 +340,32 @@ def _results(profile: str) -> str:
         "token of test text, with bootstrap intervals over seeds and sources."
     )
     said = [f"- {sentence}" for stem in README_FINDINGS for sentence in findings(profile, stem)]
-    pictures = [f"![{alt}](figures/{profile}/{stem}.png)" for stem, alt in README_FIGURES.items()]
-    return "\n\n".join([about, markdown_table(table.columns, table.body(profile)), "\n".join(said), *pictures])
+    held = analyses(runs.grids(profile)).values()
+    drawn = {stem for _, stems in held for stem in stems}
+    pictures = [f"![{alt}](figures/{profile}/{stem}.png)" for stem, alt in README_FIGURES.items() if stem in drawn]
+    parts = [about, markdown_table(table.columns, table.body(profile)), "\n".join(said), *pictures[:2]]
+    return "\n\n".join([*parts, *_studies(profile), *pictures[2:]])
+
+
+def _studies(profile: str) -> list[str]:
+    """What each grid found on test text: who is better or worse than its reference, and by how much."""
+    body, seeds = [], set()
+    for name in analyses(runs.grids(profile)):
+        if name in GRIDS:
+            stem = ANALYSES[name][0][0]
+            found = rows(profile, f"{stem}_differences", {"split": "test"})
+            told = {verdict: [row for row in found if row["verdict"] == verdict] for verdict in ("yes", "no")}
+            cells = ["; ".join(f"{row['a']} ({float(row['difference']):+.2f})" for row in one) for one in told.values()]
+            undecided = len(found) - sum(map(len, told.values()))
+            seeds |= {row["runs"] for row in found}
+            body.append([f"`{GRIDS[name]}`", found[0]["b"], *(cell or "none" for cell in cells), str(undecided)])
+    if not body:
+        return []
+    about = (
+        f"Single students that differ in one respect ({' or '.join(sorted(seeds))} seeds each), against the reference of their "
+        "study: who has the lower and who the higher test loss by an adjusted interval (difference in nats per token)."
+    )
+    return [about, markdown_table(["Study", "Reference", "Better", "Worse", "Undecided"], body)]
 
 
 def _benchmarks(path: Path) -> str:

@@ -13,9 +13,10 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,24 @@ def provenance(started: float) -> dict:
         "lock_sha256": hashlib.sha256((REPOSITORY / "requirements.lock").read_bytes()).hexdigest(),
         "device": device(),
     }
+
+
+def side_by_side(profile: str, made: Iterable[Run]) -> float:
+    """How many of the profile's runs were in progress at a time, on average over the time that the runs ``made`` took.
+
+    1 where each had the machine to itself. Speeds of runs that shared it are below what it can do.
+    """
+    spans = {one.id: _span(one) for one in map(Run, (results(profile) / "runs").iterdir())}
+    own = [spans[one.id] for one in made]
+    shared = sum(max(0.0, min(end, b) - max(start, a)) for start, end in own for a, b in spans.values())
+    # A span that rounds to nothing still holds itself.
+    return max(1.0, shared / max(sum(end - start for start, end in own), 1e-9))
+
+
+def _span(run: Run) -> tuple[float, float]:
+    about = read_json(run.path / "provenance.json")
+    start = datetime.fromisoformat(about["started"]).timestamp()
+    return start, start + about["seconds"]
 
 
 def device() -> str:

@@ -98,6 +98,12 @@ def teacher(profile: str, table: pd.DataFrame) -> runs.Run:
     return runs.find(profile, found.pop())
 
 
+def speed_label(profile: str, table: pd.DataFrame) -> str:
+    """What to call the students' tokens a second: with the number of runs that shared the machine, if others did."""
+    shared = runs.side_by_side(profile, table.run)
+    return "tokens/s" if shared < 1.5 else f"tokens/s, {shared:.0f} runs side by side"
+
+
 def means(table: pd.DataFrame) -> pd.DataFrame:
     """Means over the seeds of :func:`students` or :func:`target_runs`, a row a cell, in the order of the grid.
 

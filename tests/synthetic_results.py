@@ -42,7 +42,7 @@ def write(profile: str, sources: int = 12, seed: int = 0, grids: Sequence[str] =
         )
         runs.write_json(folder / "settings.json", step.settings)
         runs.write_json(
-            folder / "provenance.json", {"started": "2024-05-01T00:00:00Z", "device": "invented processor, 2 threads"}
+            folder / "provenance.json", {"started": "2024-05-01T00:00:00Z", "seconds": 0.0, "device": "invented processor, 2 threads"}
         )
         runs.write_json(folder / "metrics.json", metrics)
     plan.write(profile, tuple(grids))

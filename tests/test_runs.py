@@ -56,6 +56,21 @@ def test_a_run_says_where_it_comes_from():
     assert {"torch", "transformers"} <= set(found["packages"])
 
 
+def test_runs_that_shared_the_machine_are_counted_over_their_time(home):
+    spans = {"a": (0, 60), "b": (30, 60), "c": (100, 20), "d": (300, 0)}
+    made = {}
+    for name, (start, seconds) in spans.items():
+        run = runs.make("smoke", f"student-{name * 12}", SETTINGS, lambda work: {})
+        started = {"started": f"2024-05-01T00:{start // 60:02d}:{start % 60:02d}Z", "seconds": float(seconds)}
+        runs.write_json(run.path / "provenance.json", started)
+        made[name] = run
+    # For 30 of its 60 seconds a has b beside it.
+    assert runs.side_by_side("smoke", [made["a"]]) == pytest.approx(1.5)
+    # Of b and c together, 80 seconds: b has a for 30 of them and c itself alone.
+    assert runs.side_by_side("smoke", [made["b"], made["c"]]) == pytest.approx(110 / 80)
+    assert runs.side_by_side("smoke", [made["c"]]) == runs.side_by_side("smoke", [made["d"]]) == 1
+
+
 def test_a_failed_producer_leaves_no_run_and_finds_its_work_again(home):
     def fails(work):
         (work / "shard-0").write_text("done")
