@@ -19,6 +19,7 @@ TARGETS = {
     "topk_sampled": "the {top_k} most probable tokens and {draws} drawn from the rest",
     "dense": "its whole distribution",
 }
+STRATIFIED = ", one from each of as many equal parts"
 
 
 def setup(profile: str, resamples: int) -> pd.DataFrame:
@@ -55,7 +56,7 @@ def setup(profile: str, resamples: int) -> pd.DataFrame:
         "vocabulary": text.metrics["vocabulary"]["size"],
         "teacher": "a small model" if teacher["adaptation"] == "scratch" else teacher["source"],
         "adaptation": TEACHERS[teacher["adaptation"]],
-        "targets": TARGETS[targets["kind"]].format(**targets),
+        "targets": TARGETS[targets["kind"]].format(**targets) + STRATIFIED * targets.get("stratified", False),
         **{name: student.get(name, "on a schedule") for name in read},
         "parameters": parameters["total"],
         "non_embedding": parameters["non_embedding"],

@@ -17,6 +17,7 @@ COLOURS = {"CE": "#0072B2", "KD": "#D55E00", "online KD": "#009E73", "teacher": 
 KINDS = {
     "sampled": "#D55E00",
     "importance": "#CC79A7",
+    "stratified": "#E69F00",
     "topk": "#0072B2",
     "topk_sampled": "#009E73",
     "dense": "#333333",

@@ -154,6 +154,11 @@ class TargetParameters(Parameters):
     proposal: float = Field(
         1.0, gt=0, le=1.5, description="rho: draws come from t^rho and are weighted back (kind=sampled, topk_sampled)"
     )
+    stratified: bool = Field(
+        False,
+        description="one draw from each of as many equal parts of the distribution: the same expectation with less variance "
+        "(kind=sampled, topk_sampled)",
+    )
     temperature: float = Field(gt=0, le=100, description="temperature of the distribution that is kept")
     seed: int = Field(ge=0, description="of the draws")
     precision: Precision = Field(description="autocast of the teacher's forward pass")
@@ -184,9 +189,9 @@ class TargetParameters(Parameters):
         values = super().identity()
         unread = {
             "sampled": {"top_k"},
-            "topk": {"draws", "proposal", "seed"},
+            "topk": {"draws", "proposal", "stratified", "seed"},
             "topk_sampled": set(),
-            "dense": {"draws", "top_k", "proposal", "seed", "temperature"},
+            "dense": {"draws", "top_k", "proposal", "stratified", "seed", "temperature"},
         }[self.kind]
         if self.external:
             unread |= {"teacher", "precision"}

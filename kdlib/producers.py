@@ -172,7 +172,7 @@ def _targets(step: Step, inputs: dict, folder: Path) -> dict:
         teacher,
         split,
         target_guard(inputs["corpus"], split, _whose(step.settings)),
-        Kind(values.kind, values.draws, values.top_k, values.proposal),
+        Kind(values.kind, values.draws, values.top_k, values.proposal, values.stratified),
         1.0 if values.kind == "dense" else values.temperature,
         values.seed,
         block_length,

@@ -54,8 +54,9 @@ def _target_flops(profile: str, inputs: dict[str, str]) -> float:
 def target_runs(profile: str) -> pd.DataFrame:
     """The grid ``targets``, a row a student: how its targets were kept, what they cost, how near it came.
 
-    Columns: cell, kind (``importance`` where draws come from a proposal), seed, bytes_per_token, entries_per_token,
-    angle_initial, angle_trained (degrees), teacher_kl, nll, ece, full_ece, nll_calibrated (test text), run (the student's).
+    Columns: cell, kind (of ``sampled``, ``importance`` where draws come from a proposal, ``stratified`` where they are), seed,
+    bytes_per_token, entries_per_token, angle_initial, angle_trained (degrees), teacher_kl, nll, ece, full_ece, nll_calibrated (test
+    text), run (the student's).
 
     Raises:
         KdlibError: as :func:`students`.
@@ -65,7 +66,8 @@ def target_runs(profile: str) -> pd.DataFrame:
         for run in found:
             inputs, metrics = run.settings["inputs"], run.metrics
             kept = runs.find(profile, inputs["targets"]).settings["parameters"]
-            kind = "importance" if kept["kind"] == "sampled" and "proposal" in kept else kept["kind"]
+            ways = {"proposal": "importance", "stratified": "stratified"} if kept["kind"] == "sampled" else {}
+            kind = next((name for way, name in ways.items() if way in kept), kept["kind"])
             row = {"cell": cell, "kind": kind, "seed": run.settings["parameters"]["seed"]}
             measured = ("bytes_per_token", "entries_per_token", "angle_initial", "angle_trained", "teacher_kl")
             row |= {name: metrics[name] for name in measured} | metrics["test"]

@@ -5,6 +5,11 @@
 (Anshumann et al. 2025, arXiv 2503.16870). With rho = 1 the weight is c / N, kept without rounding. Others are rounded at random,
 which leaves their expectation as it is (up to a largest weight, see :func:`kdlib.cache.encoding.round_weights`).
 
+Stratified, the j-th draw comes from the j-th of N equal parts of the cumulative distribution of q. Expectations are the
+same, and no weighted sum over the vocabulary has a larger variance than with independent draws (Douc, Cappé & Moulines
+2005, "Comparison of resampling schemes for particle filtering", arXiv cs/0507025, section 3.2): the count of a likely id
+hardly varies any more.
+
 *topk*: the k largest probabilities and the mass left over as a (k+1)-th outcome. Without that outcome the optimum of the
 loss is t / a on the k ids (a: their mass), which is biased and overconfident.
 
@@ -41,12 +46,14 @@ class Kind:
         draws: N, draws a token (sampled, topk_sampled).
         top_k: k (topk, topk_sampled).
         proposal: rho, exponent of the distribution drawn from (sampled, topk_sampled).
+        stratified: whether each draw comes from a part of its own of that distribution (sampled, topk_sampled).
     """
 
     name: str
     draws: int = 0
     top_k: int = 0
     proposal: float = 1.0
+    stratified: bool = False
 
     def __post_init__(self):
         if self.name not in NAMES:
@@ -98,6 +105,7 @@ class Kind:
     def describe(self) -> dict:
         """What sets the kind apart, for a manifest."""
         read = {"draws": self.draws_ids, "top_k": self.has_head, "proposal": self.draws_ids}
+        read["stratified"] = self.draws_ids and self.stratified
         return {name: value for name, value in asdict(self).items() if read.get(name, True)}
 
 
@@ -144,6 +152,8 @@ def take(kind: Kind, log_t: Tensor, uniforms: Tensor | None) -> dict[str, np.nda
         values, ids = log_t.topk(kind.top_k, dim=-1)
         return _rows(ids, encoding.round_weights(values.exp().cpu().numpy())) | {"log_tail": _rest(log_t, ids)[1]}
     drawn, rounding = uniforms[:, : kind.draws], uniforms[:, kind.draws :].numpy()
+    if kind.stratified:
+        drawn = (torch.arange(kind.draws) + drawn) / kind.draws
     if kind.counts:
         ids, counts, used = _draw(log_t, drawn, 1.0)
         return _entries(ids, counts.astype(np.uint8), used)
