@@ -226,6 +226,7 @@ _VOCABULARY = {"Teacher": "{teacher}", "Vocabulary": "{vocabulary:,}", "Bits/byt
 _TARGETS = {
     "Targets": "{cell}",
     "Runs": "{runs}",
+    "Tokens": "{tokens:si}",
     "Bytes/token": "{bytes_per_token:.1f}",
     "Ids/token": "{entries_per_token:.1f}",
     "Angle, untrained": "{angle_initial:.1f}",
@@ -235,7 +236,7 @@ _TARGETS = {
     "ECE": "{ece:.3f}",
     "Near": "{near}",
 }
-_STUDENT = {"Student": "{cell}", "Runs": "{runs}", "NLL": "{nll:.3f}"}
+_STUDENT = {"Student": "{cell}", "Runs": "{runs}", "Tokens": "{tokens:si}", "NLL": "{nll:.3f}"}
 _STUDENT_QUALITY = _CALIBRATED | {"ECE": "{ece:.3f}", "Accuracy": "{accuracy:.3f}"}
 _SPEED = {"Tokens/s": "{tokens_per_second:si}"}
 TABLES = {
@@ -261,7 +262,7 @@ TABLES = {
         "initialisation",
         _STUDENT | _STUDENT_QUALITY | {"Of the teacher's": "{share:.1%}", "Parameters": "{parameters:si}"},
     ),
-    "data": Table("data", _STUDENT | {"Out of domain": "{ood_nll:.3f}"} | _STUDENT_QUALITY | {"Tokens": "{tokens:si}"}),
+    "data": Table("data", _STUDENT | {"Out of domain": "{ood_nll:.3f}"} | _STUDENT_QUALITY),
 }
 
 
@@ -358,14 +359,18 @@ def _studies(profile: str) -> list[str]:
             cells = ["; ".join(f"{row['a']} ({float(row['difference']):+.2f})" for row in one) for one in told.values()]
             undecided = len(found) - sum(map(len, told.values()))
             seeds |= {row["runs"] for row in found}
-            body.append([f"`{GRIDS[name]}`", found[0]["b"], *(cell or "none" for cell in cells), str(undecided)])
+            lengths = sorted(rows(profile, stem, {}), key=lambda row: float(row["tokens"]))
+            tokens = dict.fromkeys(render("{tokens:si}", row) for row in (lengths[0], lengths[-1]))
+            about = [f"`{GRIDS[name]}`", " to ".join(tokens), found[0]["b"]]
+            body.append([*about, *(cell or "none" for cell in cells), str(undecided)])
     if not body:
         return []
     about = (
         f"Single students that differ in one respect ({' or '.join(sorted(seeds))} seeds each), against the reference of their "
-        "study: who has the lower and who the higher test loss by an adjusted interval (difference in nats per token)."
+        "study: who has the lower and who the higher test loss by an adjusted interval (difference in nats per token). Tokens: "
+        "those that a student was trained on, repeated or not."
     )
-    return [about, markdown_table(["Study", "Reference", "Better", "Worse", "Undecided"], body)]
+    return [about, markdown_table(["Study", "Tokens", "Reference", "Better", "Worse", "Undecided"], body)]
 
 
 def _benchmarks(path: Path) -> str:

@@ -56,7 +56,7 @@ def target_runs(profile: str) -> pd.DataFrame:
 
     Columns: cell, kind (of ``sampled``, ``importance`` where draws come from a proposal, ``stratified`` where they are), seed,
     bytes_per_token, entries_per_token, angle_initial, angle_trained (degrees), teacher_kl, nll, ece, full_ece, nll_calibrated (test
-    text), run (the student's).
+    text), tokens (trained on), run (the student's).
 
     Raises:
         KdlibError: as :func:`students`.
@@ -71,7 +71,8 @@ def target_runs(profile: str) -> pd.DataFrame:
             row = {"cell": cell, "kind": kind, "seed": run.settings["parameters"]["seed"]}
             measured = ("bytes_per_token", "entries_per_token", "angle_initial", "angle_trained", "teacher_kl")
             row |= {name: metrics[name] for name in measured} | metrics["test"]
-            rows.append(row | {"run": runs.find(profile, inputs["student"])})
+            student = runs.find(profile, inputs["student"])
+            rows.append(row | {"tokens": student.metrics["training"]["tokens"], "run": student})
     return pd.DataFrame(rows)
 
 
