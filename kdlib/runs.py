@@ -182,7 +182,9 @@ def side_by_side(profile: str, made: Iterable[Run]) -> float:
 
     1 where each had the machine to itself. Speeds of runs that shared it are below what it can do.
     """
-    spans = {one.id: _span(one) for one in map(Run, (results(profile) / "runs").iterdir())}
+    # The pipeline makes the folder of a run before the run.
+    finished = [Run(file.parent) for file in (results(profile) / "runs").glob("*/metrics.json")]
+    spans = {one.id: _span(one) for one in finished}
     own = [spans[one.id] for one in made]
     shared = sum(max(0.0, min(end, b) - max(start, a)) for start, end in own for a, b in spans.values())
     # A span that rounds to nothing still holds itself.

@@ -64,6 +64,7 @@ def test_runs_that_shared_the_machine_are_counted_over_their_time(home):
         started = {"started": f"2024-05-01T00:{start // 60:02d}:{start % 60:02d}Z", "seconds": float(seconds)}
         runs.write_json(run.path / "provenance.json", started)
         made[name] = run
+    (home / "results" / "smoke" / "runs" / f"student-{'e' * 12}").mkdir()  # in progress, or killed
     # For 30 of its 60 seconds a has b beside it.
     assert runs.side_by_side("smoke", [made["a"]]) == pytest.approx(1.5)
     # Of b and c together, 80 seconds: b has a for 30 of them and c itself alone.

@@ -1,4 +1,4 @@
-"""Logits in float32, so that neither student nor teacher is rounded to half precision before the softmax."""
+"""Logits in float32, of student and teacher alike, where the device can without rounding them to half precision first."""
 
 import torch
 from torch import Tensor
