@@ -7,6 +7,7 @@ Nothing is downloaded: students have the shape of the quick profile, the teacher
 """
 
 import argparse
+import functools
 import gc
 import statistics
 import tempfile
@@ -27,6 +28,7 @@ from kdlib.training import Collator
 
 VOCABULARY, LENGTH = 8192, 256
 SAMPLED = Kind("sampled", draws=64)
+READ = {"": SAMPLED, "stratified ": Kind("sampled", draws=32, stratified=True)}
 
 
 def split(tokens: int, seed: int = 0) -> corpus.Split:
@@ -223,14 +225,22 @@ def reading(data: corpus.Split, rounds: int) -> list[dict]:
     # Logits with a standard deviation of 4: a trained teacher repeats itself in 64 draws, a random one hardly does.
     model.lm_head.weight = torch.nn.Parameter(torch.randn(VOCABULARY, 128, device=DEVICE) * 4 / 128**0.5)
     order = np.random.default_rng(0).permutation(corpus.pack(data.windows(LENGTH), LENGTH))
+    def read(cache: TargetCache) -> None:
+        for at in range(0, len(order), 16):
+            cache.read(order[at : at + 16])
+
     with tempfile.TemporaryDirectory() as folder:
-        found = write_targets(
-            Path(folder), ModelTeacher(model, AUTOCAST), data, {}, SAMPLED, block_length=LENGTH, shard_tokens=2**14
-        )
-        cache = TargetCache(Path(folder), {}, 1.0)
-        (seconds,) = alternate(rounds, lambda: [cache.read(order[at : at + 16]) for at in range(0, len(order), 16)])
-    detail = f"16 x {LENGTH} shuffled, {found['distinct_ids_per_token']:.0f} distinct ids a token"
-    return [row("reading targets, one process, warm", order.size / seconds, ">= 1000000", detail, "tokens/s")]
+        written, caches = [], []
+        for number, kind in enumerate(READ.values()):
+            at = Path(folder, str(number))
+            written.append(write_targets(at, ModelTeacher(model, AUTOCAST), data, {}, kind, block_length=LENGTH, shard_tokens=2**14))
+            caches.append(TargetCache(at, {}, 1.0))
+        times = alternate(rounds, *(functools.partial(read, cache) for cache in caches))
+    rows = []
+    for name, found, seconds in zip(READ, written, times, strict=True):
+        detail = f"16 x {LENGTH} shuffled, {found['distinct_ids_per_token']:.0f} ids and {found['bytes_per_token']:.1f} bytes a token"
+        rows.append(row(f"reading {name}targets, one process, warm", order.size / seconds, ">= 1000000", detail, "tokens/s"))
+    return rows
 
 
 def writing(data: corpus.Split, rounds: int) -> list[dict]:

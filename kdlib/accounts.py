@@ -56,7 +56,7 @@ def setup(profile: str, resamples: int) -> pd.DataFrame:
         "vocabulary": text.metrics["vocabulary"]["size"],
         "teacher": "a small model" if teacher["adaptation"] == "scratch" else teacher["source"],
         "adaptation": TEACHERS[teacher["adaptation"]],
-        "targets": TARGETS[targets["kind"]].format(**targets) + STRATIFIED * targets.get("stratified", False),
+        "targets": TARGETS[targets["kind"]].format(**targets) + (STRATIFIED if targets.get("stratified") else ""),
         **{name: student.get(name, "on a schedule") for name in read},
         "parameters": parameters["total"],
         "non_embedding": parameters["non_embedding"],
@@ -136,6 +136,7 @@ def _written(run: runs.Run) -> dict:
     found = {name: metrics[name] for name in ("tokens", "flops", "bytes_per_token")}
     return {
         "what": "writing targets",
+        "format": metrics.get("format", 2),  # version 3 was the first to be told
         "runs": 1,
         "seconds": seconds,
         "peak_memory_bytes": _peak(metrics["cost"]),

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from kdlib.schedules import Schedule, Stage
 
@@ -60,9 +60,16 @@ def _whole_path(source: Any) -> Any:
     return str(Path(source).expanduser().resolve()) if str(source).endswith(".h5") else source
 
 
-def _whole_paths(student: dict) -> dict:
-    targets = student.get("targets", {})
-    return student | {"targets": targets | {"source": _whole_path(targets["source"])}} if "source" in targets else student
+def _whole_paths(settings: dict) -> dict:
+    # Of targets, or of a student with some.
+    if isinstance(targets := settings.get("targets"), dict):
+        return settings | {"targets": _whole_paths(targets)}
+    return settings | {"source": _whole_path(settings["source"])} if "source" in settings else settings
+
+
+# The pattern comes first: it is of what was given.
+Source = Annotated[str, Field(pattern=r"^(teacher|dense|https?://[^#\s]+#\S+|.+\.h5)$"), AfterValidator(_whole_path)]
+Settings = Annotated[dict[str, Any], AfterValidator(_whole_paths)]
 
 
 class CorpusParameters(Parameters):
@@ -145,9 +152,8 @@ class TargetParameters(Parameters):
     )
     draws: int = Field(ge=1, le=255, description="draws a token (kind=sampled, topk_sampled)")
     top_k: int = Field(ge=1, le=4096, description="ids a token (kind=topk, topk_sampled)")
-    source: str = Field(
+    source: Source = Field(
         "teacher",
-        pattern=r"^(teacher|dense|https?://[^#\s]+#\S+|.+\.h5)$",
         description="teacher: run it; dense: draw from the profile's dense targets, without running it again; "
         "http://host:port#model: a completion server; a path ending in .h5: top-k targets of another tool",
     )
@@ -162,11 +168,6 @@ class TargetParameters(Parameters):
     temperature: float = Field(gt=0, le=100, description="temperature of the distribution that is kept")
     seed: int = Field(ge=0, description="of the draws")
     precision: Precision = Field(description="autocast of the teacher's forward pass")
-
-    @field_validator("source")
-    @classmethod
-    def _a_files_path_is_whole(cls, source):
-        return _whole_path(source)
 
     @model_validator(mode="after")
     def _dense_is_the_source(self):
@@ -255,7 +256,7 @@ class StudentParameters(TrainingParameters):
     learning_rate_multipliers: Multipliers = Field(
         description="regular expression on parameter names: multiplier of the learning rate; 0 freezes; first match wins"
     )
-    targets: dict[str, Any] = Field(
+    targets: Settings = Field(
         {}, description="what sets its targets apart from the profile's targets section (objective=kd)"
     )
     fresh_draws: bool = Field(
@@ -311,11 +312,6 @@ class StudentParameters(TrainingParameters):
                 f"hidden_size {self.hidden_size} must be an even multiple of heads {self.heads} (rotary embeddings)"
             )
         return self
-
-    @field_validator("targets")
-    @classmethod
-    def _a_files_path_is_whole(cls, targets):
-        return _whole_paths({"targets": targets})["targets"]
 
     @model_validator(mode="after")
     def _multipliers_can_be_applied(self):
@@ -418,29 +414,19 @@ class StudentParameters(TrainingParameters):
 class FidelityParameters(Parameters):
     """``06_fidelity``: how near a student's targets, and the student itself, come to the teacher's whole distribution."""
 
-    student: dict[str, Any] = Field(description="what sets the student apart from the profile's student section")
+    student: Settings = Field(description="what sets the student apart from the profile's student section")
     seed: int = Field(ge=0, description="of the student")
     tokens: PositiveInt = Field(description="tokens of train text for the gradients, and of test text for the KL")
     precision: Precision = Field(description="autocast of the teacher's forward pass")
-
-    @field_validator("student")
-    @classmethod
-    def _a_files_path_is_whole(cls, student):
-        return _whole_paths(student)
 
 
 class EnsembleParameters(Parameters):
     """``05_ensemble``: the profile's students with these seeds, pooled."""
 
-    student: dict[str, Any] = Field(description="what sets the members apart from the profile's student section")
+    student: Settings = Field(description="what sets the members apart from the profile's student section")
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, description="one member a seed")
     pool: Pool = Field(description="probability: arithmetic mean of distributions; logit: geometric mean, renormalised")
     precision: Precision = Field(description="autocast of the evaluation")
-
-    @field_validator("student")
-    @classmethod
-    def _a_files_path_is_whole(cls, student):
-        return _whole_paths(student)
 
     @model_validator(mode="after")
     def _members_differ(self):

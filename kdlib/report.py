@@ -343,9 +343,12 @@ def _results(profile: str) -> str:
     said = [f"- {sentence}" for stem in README_FINDINGS for sentence in findings(profile, stem)]
     held = analyses(runs.grids(profile)).values()
     drawn = {stem for _, stems in held for stem in stems}
-    pictures = [f"![{alt}](figures/{profile}/{stem}.png)" for stem, alt in README_FIGURES.items() if stem in drawn]
-    parts = [about, markdown_table(table.columns, table.body(profile)), "\n".join(said), *pictures[:2]]
-    return "\n\n".join([*parts, *_studies(profile), *pictures[2:]])
+    pictures = {
+        stem: f"![{alt}](figures/{profile}/{stem}.png)" for stem, alt in README_FIGURES.items() if stem in drawn
+    }
+    parts = [about, markdown_table(table.columns, table.body(profile)), "\n".join(said)]
+    parts += [pictures.pop("methods"), pictures.pop("objectives")]
+    return "\n\n".join([*parts, *_studies(profile), *pictures.values()])
 
 
 def _studies(profile: str) -> list[str]:
@@ -361,8 +364,8 @@ def _studies(profile: str) -> list[str]:
             seeds |= {row["runs"] for row in found}
             lengths = sorted(rows(profile, stem, {}), key=lambda row: float(row["tokens"]))
             tokens = dict.fromkeys(render("{tokens:si}", row) for row in (lengths[0], lengths[-1]))
-            about = [f"`{GRIDS[name]}`", " to ".join(tokens), found[0]["b"]]
-            body.append([*about, *(cell or "none" for cell in cells), str(undecided)])
+            study = [f"`{GRIDS[name]}`", " to ".join(tokens), found[0]["b"]]
+            body.append([*study, *(cell or "none" for cell in cells), str(undecided)])
     if not body:
         return []
     about = (

@@ -55,8 +55,8 @@ def target_runs(profile: str) -> pd.DataFrame:
     """The grid ``targets``, a row a student: how its targets were kept, what they cost, how near it came.
 
     Columns: cell, kind (of ``sampled``, ``importance`` where draws come from a proposal, ``stratified`` where they are), seed,
-    bytes_per_token, entries_per_token, angle_initial, angle_trained (degrees), teacher_kl, nll, ece, full_ece, nll_calibrated (test
-    text), tokens (trained on), run (the student's).
+    format (version of the files), bytes_per_token, entries_per_token, angle_initial, angle_trained (degrees), teacher_kl, of test
+    text nll, ece, full_ece, nll_calibrated, tokens (trained on), run (the student's).
 
     Raises:
         KdlibError: as :func:`students`.
@@ -65,10 +65,12 @@ def target_runs(profile: str) -> pd.DataFrame:
     for cell, found in runs.cells(profile, "targets").items():
         for run in found:
             inputs, metrics = run.settings["inputs"], run.metrics
-            kept = runs.find(profile, inputs["targets"]).settings["parameters"]
+            targets = runs.find(profile, inputs["targets"])
+            kept = targets.settings["parameters"]
             ways = {"proposal": "importance", "stratified": "stratified"} if kept["kind"] == "sampled" else {}
             kind = next((name for way, name in ways.items() if way in kept), kept["kind"])
             row = {"cell": cell, "kind": kind, "seed": run.settings["parameters"]["seed"]}
+            row["format"] = targets.metrics.get("format", 2)  # version 3 was the first to be told
             measured = ("bytes_per_token", "entries_per_token", "angle_initial", "angle_trained", "teacher_kl")
             row |= {name: metrics[name] for name in measured} | metrics["test"]
             student = runs.find(profile, inputs["student"])

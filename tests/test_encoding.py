@@ -1,5 +1,6 @@
 """Codes of a few bits: what is packed comes back, and what is rounded keeps its expectation exactly."""
 
+import itertools
 import math
 from bisect import bisect_right
 
@@ -13,11 +14,8 @@ from kdlib.cache.encoding import (
     LOG_WEIGHTS,
     code_nats,
     decode_nats,
-    differences,
-    id_bits,
     pack_ids,
     round_weights,
-    sums,
     unpack_ids,
 )
 
@@ -38,47 +36,56 @@ def neighbours(weight):
 
 # Ids
 
+rows_of_ids = st.lists(st.sets(st.integers(0, 2**25 - 1), max_size=9).map(sorted), max_size=30)
 
-def test_id_bits_is_the_least_number_of_bits_that_tells_all_ids_apart():
-    for vocabulary in [*range(2, 5000), 2**16, 2**16 + 1, 151_936, 2**25]:
-        assert 2 ** (id_bits(vocabulary) - 1) < vocabulary <= 2 ** id_bits(vocabulary)
-    assert id_bits(1) == 1
+
+def packed(rows):
+    lengths = np.array([len(row) for row in rows], np.int64)
+    return pack_ids(np.array([i for row in rows for i in row], np.int64), lengths), lengths
+
+
+@given(rows_of_ids)
+def test_packed_ids_are_gaps_told_by_their_octaves_and_the_bits_below(rows):
+    (octaves, remainders), _ = packed(rows)
+    gaps = [after - before for row in rows for before, after in itertools.pairwise([-1, *row])]
+    assert octaves.dtype == remainders.dtype == np.uint8 and octaves.tolist() == [gap.bit_length() - 1 for gap in gaps]
+    # One integer, lowest bit first, is all there is to the layout of the remainders.
+    whole = int.from_bytes(remainders.tobytes(), "little")
+    for gap, octave in zip(gaps, octaves.tolist(), strict=True):
+        assert whole & 2**octave - 1 == gap - 2**octave
+        whole >>= octave
+    assert whole == 0 and len(remainders) == -(-int(octaves.sum(dtype=np.int64)) // 8)
 
 
 @given(st.data())
-def test_packed_ids_come_back_in_any_order(data):
-    bits = data.draw(st.integers(1, 25))
-    ids = np.array(data.draw(st.lists(st.integers(0, 2**bits - 1), max_size=70)), np.int64)
-    packed = pack_ids(ids, bits)
-    assert packed.dtype == np.uint8 and len(packed) == -(-len(ids) * bits // 8) + 4
-    # One integer, lowest bit first, is all there is to the layout.
-    whole = int.from_bytes(packed.tobytes(), "little")
-    assert [whole >> i * bits & 2**bits - 1 for i in range(len(ids))] == ids.tolist()
-    assert whole >> len(ids) * bits == 0
-    entries = np.array(data.draw(st.lists(st.integers(0, len(ids) - 1), max_size=90)) if len(ids) else [], np.int64)
-    assert unpack_ids(packed, entries * bits, bits).tolist() == ids[entries].tolist()
+def test_packed_ids_come_back_row_by_row_in_any_order(data):
+    rows = data.draw(rows_of_ids)
+    (octaves, remainders), lengths = packed(rows)
+    order = data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=40)) if rows else []
+    ends = np.cumsum(lengths)
+    entries = np.array([i for row in order for i in range(ends[row] - lengths[row], ends[row])], np.int64)
+    starts = (np.cumsum(octaves, dtype=np.uint32) - octaves)[entries]
+    found = unpack_ids(octaves[entries], np.r_[remainders, [255] * 4].astype(np.uint8), starts, lengths[order])
+    assert found.tolist() == [i for row in order for i in rows[row]]
 
 
-@pytest.mark.parametrize("bits", [1, 8, 13, 24, 25])
-def test_ids_of_all_ones_do_not_spill_into_their_neighbours(bits):
-    ids = np.where(np.arange(999) % 2, 2**bits - 1, 0)
-    assert np.array_equal(unpack_ids(pack_ids(ids, bits), np.arange(999) * bits, bits), ids)
+def test_ids_far_apart_do_not_spill_into_their_neighbours_and_their_sums_may_pass_32_bits():
+    rows = [[2**25 - 2 - i % 2] for i in range(2000)]
+    (octaves, remainders), lengths = packed(rows)
+    starts = np.cumsum(octaves, dtype=np.uint32) - octaves
+    found = unpack_ids(octaves, np.r_[remainders, np.zeros(4, np.uint8)], starts, lengths)
+    assert sum(map(sum, rows)) > 2**32 and found.tolist() == [row[0] for row in rows]
 
 
-# Codes in a row
-
-
-rows_of_codes = st.lists(st.lists(st.integers(0, 255), max_size=9), max_size=30)
-
-
-@given(rows_of_codes)
-def test_sums_undo_differences_whatever_rows_are_empty(rows):
-    lengths = np.array([len(row) for row in rows], np.int64)
-    codes = np.array([code for row in rows for code in row], np.uint8)
-    steps = differences(codes, lengths)
-    by_hand = [(code - before) % 256 for row in rows for before, code in zip([0, *row], row, strict=False)]
-    assert steps.dtype == np.uint8 and steps.tolist() == by_hand
-    assert sums(steps, lengths).tolist() == codes.tolist()
+def test_a_set_of_ids_takes_fewer_bits_than_the_ids_in_some_order():
+    # 30 of 4096 ids, all sets as likely: log2 of their number is the least that any code can take on average.
+    rng, sets = np.random.default_rng(0), 2000
+    rows = np.sort(rng.permuted(np.tile(np.arange(4096), (sets, 1)), axis=1)[:, :30])
+    octaves, remainders = pack_ids(rows.reshape(-1), np.full(sets, 30))
+    shares = np.bincount(octaves) / octaves.size
+    bits = (8 * len(remainders) - octaves.size * (shares * np.log2(shares, where=shares > 0, out=np.zeros_like(shares))).sum()) / sets
+    least = math.log2(math.comb(4096, 30))
+    assert least < bits < 1.03 * least < 0.75 * 30 * 12
 
 
 # Weights

@@ -97,15 +97,14 @@ def test_another_split_than_the_targets_is_refused(opened):
         cache.document_positions(other, "talk/validation0#00")
 
 
-def keep_one_frame(folder, frame, bits):
+def keep_one_frame(folder, frame):
     """Overwrite what the only shard holds of the positions outside one frame, in place."""
     path, shard = folder / "00000.safetensors", shards.map_shard(folder, 0)
     rows = slice(frame * shards.FRAME, (frame + 1) * shards.FRAME)
     kept = {name: rows for name in ("entropy", "nll", "log_tail", "hidden")}
     if "frames" in shard:
         low, high = shard["frame_bytes"][frame : frame + 2].tolist()
-        first, last = shard["frame_entries"][frame : frame + 2].tolist()
-        kept |= {"frames": slice(low, high), "ids": slice(first * bits // 8, -(-last * bits // 8))}
+        kept |= {"frames": slice(low, high)}
     size = int.from_bytes(path.read_bytes()[:8], "little")
     header = json.loads(path.read_bytes()[8 : 8 + size])
     with open(path, "r+b") as file:
@@ -123,8 +122,7 @@ def test_reading_a_position_needs_no_byte_of_another_frame(tmp_path, kind):
     assert len(split.tokens) > 3 * shards.FRAME and len(list(tmp_path.glob("0*.safetensors"))) == 1
     at = np.array([shards.FRAME, shards.FRAME + 200, 2 * shards.FRAME - 1])
     before, known = held(cache.read(at)), cache.statistics(at)
-    bits = json.loads((tmp_path / "manifest.json").read_text())["id_bits"]
-    keep_one_frame(tmp_path, 1, bits)
+    keep_one_frame(tmp_path, 1)
     # The files are mapped: what was overwritten is what is read now.
     assert cache.statistics(at - shards.FRAME)["nll"].tolist() == [64, 64, 64]
     for row, position in enumerate(at):

@@ -1,6 +1,11 @@
-"""Numbers as few bits: ids packed at ceil(log2 V) bits, weights as one byte each, nats as one byte each.
+"""Numbers as few bits: a position's ids as the gaps between them, weights as one byte each, nats as one byte each.
 
-Pure NumPy. What each costs is written next to it; :func:`kdlib.cache.kinds.bytes_per_token` adds it up.
+Which ids a position holds matters, their order does not. In ascending order a gap is small, and of n ids log2 n! bits need
+not be told. A gap is kept as its *octave* (how often it can be halved), whose few values a Huffman code makes short, and the
+bits below the leading one, which are as good as random and packed as they are (an Elias gamma code, IEEE Trans. Inf. Theory
+21, 1975, with the length coded by what is frequent).
+
+Pure NumPy. :func:`kdlib.cache.kinds.bytes_per_token` adds up what each costs.
 """
 
 import numpy as np
@@ -11,23 +16,44 @@ LARGEST_NATS = 64.0
 LOG_WEIGHTS = np.r_[0, np.exp(np.linspace(-20, 4, 255))].astype(np.float32)
 
 
-def id_bits(vocabulary: int) -> int:
-    """Bits of one id."""
-    return max(1, int(vocabulary - 1).bit_length())
+def pack_ids(ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ascending ids as gaps: the first id + 1, then from one id to the next, each 2^octave + remainder.
+
+    Args:
+        ids: [sum of lengths] below 2^25, row after row, in a row ascending and none twice; lengths: [n].
+
+    Returns:
+        octaves: uint8 [sum of lengths]; remainders: bytes, each in ``octave`` bits, lowest bit first.
+    """
+    gaps = np.diff(ids, prepend=-1)
+    starts = (np.cumsum(lengths) - lengths)[lengths > 0]
+    gaps[starts] = ids[starts] + 1
+    octaves = np.frexp(gaps)[1].astype(np.uint8) - np.uint8(1)
+    # A gap's bits below its leading one: those of lower place than its octave.
+    bits = np.unpackbits(gaps.astype("<u4").view(np.uint8).reshape(-1, 4), axis=1, bitorder="little")
+    return octaves, np.packbits(bits[np.arange(32) < octaves[:, None]], bitorder="little")
 
 
-def pack_ids(ids: np.ndarray, bits: int) -> np.ndarray:
-    """Ids [n], each in ``bits`` bits, lowest bit first, as bytes [ceil(n * bits / 8) + 4]: four zeros for the reader."""
-    words = ids.astype("<u4").view(np.uint8).reshape(-1, 4)
-    unpacked = np.unpackbits(words, axis=1, count=bits, bitorder="little")
-    return np.r_[np.packbits(unpacked, bitorder="little"), np.zeros(4, np.uint8)]
+def unpack_ids(octaves: np.ndarray, remainders: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The ids of whole rows of what :func:`pack_ids` made, uint32 [sum of lengths].
 
-
-def unpack_ids(packed: np.ndarray, starts: np.ndarray, bits: int) -> np.ndarray:
-    """The ids that begin at the bits ``starts``, in any order, of what :func:`pack_ids` made (the i-th at i * bits); bits <= 25."""
-    # The four bytes from the one where an id starts hold all of it, whatever bit it starts at.
-    words = np.ndarray((len(packed) - 3,), "<u4", packed, strides=(1,))
-    return (words[starts >> 3] >> (starts & 7).astype(np.uint32)) & np.uint32(2**bits - 1)
+    Args:
+        octaves: [sum of lengths] of these rows; lengths: [n].
+        remainders: the bytes, and four more of whatever value.
+        starts: uint32 [sum of lengths], the bit at which each one's remainder begins.
+    """
+    # The four bytes from the one where a remainder begins hold all of it.
+    words = np.ndarray((max(0, len(remainders) - 3),), "<u4", remainders, strides=(1,))
+    leading = np.uint32(1) << octaves
+    gaps = words.take(starts >> np.uint32(3))
+    gaps >>= starts & 7
+    gaps &= leading - np.uint32(1)
+    gaps |= leading
+    # Sums may pass 2^32: what is left when the sum before a row is taken away is right all the same.
+    ends = np.cumsum(gaps, dtype=np.uint32)
+    before = np.r_[np.uint32(0), ends][np.cumsum(lengths) - lengths]
+    ends -= np.repeat(before + np.uint32(1), lengths)
+    return ends
 
 
 def round_weights(weights: np.ndarray, uniforms: np.ndarray | None = None) -> np.ndarray:
@@ -53,22 +79,3 @@ def code_nats(nats: np.ndarray) -> np.ndarray:
 def decode_nats(codes: np.ndarray) -> np.ndarray:
     """What :func:`code_nats` coded, float32."""
     return (codes.astype(np.float32) / 255) ** 2 * np.float32(LARGEST_NATS)
-
-
-def differences(codes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Each row's first code, then the steps from one to the next, modulo 256: falling codes become small numbers.
-
-    Args:
-        codes: uint8 [sum of lengths], row after row; lengths: [n].
-    """
-    steps = np.diff(codes, prepend=np.uint8(0))
-    starts = (np.cumsum(lengths) - lengths)[lengths > 0]
-    steps[starts] = codes[starts]
-    return steps
-
-
-def sums(steps: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The codes that :func:`differences` came from."""
-    total = np.cumsum(steps, dtype=np.uint8)
-    before = np.r_[np.uint8(0), total][np.cumsum(lengths) - lengths]
-    return total - np.repeat(before, lengths)

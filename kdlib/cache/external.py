@@ -128,15 +128,14 @@ def export_cache(cache: TargetCache, split: Split, path: Path, attributes: dict 
     for low in ranges:
         rows = slice(low, min(low + POSITIONS, cache.positions))
         part = cache.read(np.arange(rows.start, rows.stop))
-        used = part.weights.numpy() > 0
-        for row in np.flatnonzero(used.any(1)):
-            mine = part.ids[row].numpy()[used[row]]
+        weights, order = part.weights.sort(dim=1, descending=True, stable=True)
+        likeliest, weights = part.ids.gather(1, order).numpy(), weights.numpy()
+        for row in np.flatnonzero((weights > 0).any(1)):
+            kept = np.count_nonzero(weights[row])
             # Probabilities too small to have been kept: other ids in their place, as unlikely.
-            spare = np.setdiff1d(np.arange(k + len(mine)), mine)[: k - len(mine)]
-            ids[low + row] = np.r_[mine, spare]
-            log_probabilities[low + row] = np.r_[
-                np.log(part.weights[row].numpy()[used[row]]), np.full(len(spare), SMALLEST)
-            ]
+            spare = np.setdiff1d(np.arange(k + kept), likeliest[row, :kept])[: k - kept]
+            ids[low + row] = np.r_[likeliest[row, :kept], spare]
+            log_probabilities[low + row] = np.r_[np.log(weights[row, :kept]), np.full(len(spare), SMALLEST)]
         with np.errstate(divide="ignore"):
             log_tail[rows] = np.log(part.tail.numpy())
     export_top_k(

@@ -19,10 +19,11 @@ where most of the mass lies no variance is left but that of rounding.
 *dense*: the teacher's last hidden states, which with its output layer (kept once) are the whole distribution at any
 temperature. The reference, and the source that other kinds can be drawn from again.
 
-All but dense are entries (id, weight), a token's in descending weight. Next to them lie the entropy of t, which turns a
+All but dense are entries (id, weight), a token's in ascending id. Next to them lie the entropy of t, which turns a
 cross-entropy to the target into a KL, and the teacher's loss on the text itself.
 """
 
+import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -34,7 +35,7 @@ from kdlib.errors import KdlibError
 
 NAMES = ("sampled", "topk", "topk_sampled", "dense")
 MAX_DRAWS = 255  # all may fall on one id, and a count is one byte
-MAX_ENTRIES = 2**16 - 1  # of a token: their number takes two bytes
+MAX_ENTRIES = 2**16 - 1  # of a token: their number takes two bytes at most
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,11 @@ class Kind:
         return self.top_k * self.has_head + self.draws * self.draws_ids
 
     @property
+    def length_type(self) -> np.dtype:
+        """What the number of entries of a token is kept as."""
+        return np.dtype("<u1" if self.most_entries < 2**8 else "<u2")
+
+    @property
     def uniforms(self) -> int:
         """Random numbers a token needs: one a draw, and one an entry whose weight is rounded at random."""
         return self.draws_ids * (self.draws + (0 if self.counts else self.most_entries))
@@ -112,14 +118,18 @@ class Kind:
 def bytes_per_token(kind: Kind, vocabulary: int, width: int) -> float:
     """Largest number of bytes one token can take on disk, beside what every shard takes (``shards.SHARD_BYTES``).
 
-    An entry is an id of ceil(log2 V) bits and a code of one byte. Number of entries: 2. Entropy and loss: 1 each. topk:
-    2 for the mass left over. dense: 2 a hidden unit. Deflating what cannot be deflated adds a thousandth, and a frame
-    takes 21 bytes, 0.05 a token.
+    An entry is a code of one byte, an octave of one of log2 V + 1 values and a remainder: gaps sum to V at most, so those of
+    m entries have together at most m log2(V / m) bits below their leading ones (the logarithm is concave). Number of
+    entries: 1 or 2. Entropy and loss: 1 each. topk: 2 for the mass left over. dense: 2 a hidden unit. Deflating what cannot be
+    deflated adds a thousandth, and a frame takes 128 bytes, 0.5 a token.
     """
     if kind.name == "dense":
         return 2 * width + 2
-    entry = encoding.id_bits(vocabulary) / 8 + 1.001
-    return 4.05 + kind.most_entries * entry + 2 * (kind.name == "topk")
+    m = kind.most_entries
+    octave = math.ceil(math.log2(vocabulary.bit_length() + 1))
+    # Beyond V / e entries fewer have larger remainders.
+    remainder = math.log2(max(vocabulary / m, math.e))
+    return 2.5 + kind.length_type.itemsize + m * (1.001 + (octave + remainder) / 8) + 2 * (kind.name == "topk")
 
 
 def statistics(log_t: Tensor, labels: Tensor) -> dict[str, np.ndarray]:
@@ -229,8 +239,8 @@ def _rows(ids: Tensor, codes: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _entries(ids: np.ndarray, codes: np.ndarray, used: np.ndarray) -> dict[str, np.ndarray]:
-    """Ragged rows in descending code (ties in the order given) from [n, m] arrays; entries without weight are left out."""
+    """Ragged rows in ascending id from [n, m] arrays; entries without weight are left out."""
     used = used & (codes > 0)
-    order = np.argsort(np.where(used, 255 - codes.astype(np.int16), 256), axis=1, kind="stable")
+    order = np.argsort(np.where(used, ids, np.iinfo(np.int64).max), axis=1)
     ids, codes, used = (np.take_along_axis(values, order, axis=1) for values in (ids, codes, used))
     return {"lengths": used.sum(1), "ids": ids[used], "codes": codes[used]}

@@ -64,7 +64,7 @@ class TargetCache:
             )
         self.temperature, self.positions, self.precision = temperature, manifest["positions"], manifest["precision"]
         self.weights_sha256 = manifest.get("weights_sha256")
-        self.guard, self._bits, self._shards, firsts = manifest["guard"], manifest["id_bits"], [], []
+        self.guard, self._length_type, self._shards, firsts = manifest["guard"], manifest["length_type"], [], []
         self.head = _head(folder, manifest["head_sha256"]) if self.kind.name == "dense" else None
         for number in range(manifest["shards"]):
             about = describe_shard(folder, number)
@@ -90,9 +90,9 @@ class TargetCache:
             return DenseTargets(torch.from_numpy(self._gather("hidden", positions)), *self.head)
         lengths, ids, codes = self._entries(positions)
         # Row-major, so the places of a padded matrix that are used come in the order of the entries.
-        used = np.arange(max(1, lengths.max(initial=0))) < lengths[:, None]
+        used = np.arange(max(1, lengths.max(initial=0)), dtype=np.uint16) < lengths.astype(np.uint16)[:, None]
         padded_ids, weights = np.zeros(used.shape, np.int64), np.zeros(used.shape, np.float32)
-        padded_ids[used], weights[used] = ids, self._shards[0]["weights"][codes]
+        padded_ids[used], weights[used] = ids, self._shards[0]["weights"].take(codes)
         entropy, tail = encoding.decode_nats(self._gather("entropy", positions)), None
         if self.kind.name == "topk":
             tail = np.exp(self._gather("log_tail", positions, -np.inf).astype(np.float32))
@@ -178,18 +178,17 @@ class TargetCache:
         frame, place = np.divmod(positions[used] - self._firsts[owner], FRAME)
         # Each frame is decompressed once, whatever the order of the positions; from here on frames lie side by side.
         keys, which = np.unique(owner << 32 | frame, return_inverse=True)
-        frames = [unpack_frame(self._shards[key >> 32], key & 2**32 - 1, self._bits) for key in keys.tolist()]
-        frame_lengths, steps, packed = (np.concatenate(parts) for parts in list(zip(*frames, strict=True))[:3])
+        frames = [unpack_frame(self._shards[key >> 32], key & 2**32 - 1, self._length_type) for key in keys.tolist()]
+        remainders = np.concatenate([*(one.remainders for one in frames), np.zeros(4, np.uint8)])
+        frame_lengths, codes, octaves, _ = (np.concatenate(parts) for parts in zip(*frames, strict=True))
         frame_lengths = frame_lengths.astype(np.int64)
-        # Positions, entries and bytes of ids that come before each frame, and from there where ids of a frame begin.
-        before = np.cumsum([[0, 0, 0], *([len(part) for part in one[:3]] for one in frames)], axis=0)[:-1]
-        bit = 8 * before[:, 2] + [one.bit for one in frames] - before[:, 1] * self._bits
-        at = before[which, 0] + place
+        bits = _remainder_starts(octaves, [len(one.octaves) for one in frames])
+        at = np.cumsum([0, *(len(one.lengths) for one in frames)])[which] + place
         lengths[used] = mine = frame_lengths[at]
-        starts = (np.cumsum(frame_lengths) - frame_lengths)[at]
-        entries = np.arange(mine.sum()) + np.repeat(starts - (np.cumsum(mine) - mine), mine)
-        ids = encoding.unpack_ids(packed, entries * self._bits + np.repeat(bit[which], mine), self._bits)
-        return lengths, ids, encoding.sums(steps[entries], mine)
+        entries = np.repeat((np.cumsum(frame_lengths) - frame_lengths)[at] - (np.cumsum(mine) - mine), mine)
+        entries += np.arange(len(entries))
+        ids = encoding.unpack_ids(octaves.take(entries), remainders, bits.take(entries), mine)
+        return lengths, ids, codes.take(entries)
 
     def _owner(self, positions: np.ndarray) -> np.ndarray:
         if len(positions) and positions.max() >= self.positions:
@@ -197,6 +196,13 @@ class TargetCache:
                 f"Position {positions.max()} lies past the targets' end ({self.positions} positions): they belong to other documents."
             )
         return np.searchsorted(self._firsts, positions, side="right") - 1
+
+
+def _remainder_starts(octaves: np.ndarray, frame_entries: list[int]) -> np.ndarray:
+    """The bit at which each entry's remainder begins: one after the other, but those of a frame at a whole byte."""
+    ends = np.cumsum(octaves, dtype=np.uint32)
+    padding = -np.diff(np.r_[np.uint32(0), ends][np.cumsum([0, *frame_entries])]) % 8
+    return ends - octaves + np.repeat(np.cumsum(padding) - padding, frame_entries)
 
 
 def _manifest(folder: Path) -> dict:

@@ -29,35 +29,34 @@ from safetensors.numpy import save
 from kdlib.cache import encoding
 from kdlib.errors import KdlibError
 
-VERSION = 2
-FRAME = 512  # positions compressed together: what reading one position must decompress
+VERSION = 3
+FRAME = 256  # positions compressed together: what reading one position must decompress
 SHARD_BYTES = 4096  # at most, beside its positions: the weights, headers and JSON files
-DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "F16": np.float16, "F32": np.float32}
+DTYPES = {"U8": np.uint8, "U16": np.uint16, "U64": np.uint64, "F16": np.float16, "F32": np.float32}
 
 
-def pack_entries(lengths: np.ndarray, ids: np.ndarray, codes: np.ndarray, bits: int) -> dict[str, np.ndarray]:
+def pack_entries(lengths: np.ndarray, ids: np.ndarray, codes: np.ndarray) -> dict[str, np.ndarray]:
     """Entries of a shard's positions, in their order, as the arrays that are written.
 
     Args:
-        lengths: [n] entries of each position; ids, codes: [sum of lengths].
-        bits: of an id.
+        lengths: [n] entries of each position, of the type they are kept as; ids, codes: [sum of lengths], a position's ids
+            ascending.
 
     Returns:
-        ``ids`` bit-packed; ``frames``, one after the other: a frame's lengths (uint16) and the differences of its codes,
-        deflated; ``frame_bytes`` and ``frame_entries`` [frames + 1]: where a frame begins in ``frames``, and its first
-        entry.
+        ``frames``, one after the other: a frame's lengths, codes and octaves, each deflated on its own, then its
+        remainders (see :func:`kdlib.cache.encoding.pack_ids`); ``frame_bytes`` [frames + 1]: where each begins.
     """
-    ends = np.r_[0, np.cumsum(lengths)]
+    ends = np.r_[0, np.cumsum(lengths, dtype=np.int64)]
     cuts = np.r_[np.arange(0, len(lengths), FRAME), len(lengths)]
     frames = []
     for low, high in zip(cuts[:-1], cuts[1:], strict=True):
-        steps = encoding.differences(codes[ends[low] : ends[high]], lengths[low:high])
-        frames.append(zlib.compress(lengths[low:high].astype("<u2").tobytes() + steps.tobytes(), 9))
+        entries = slice(ends[low], ends[high])
+        octaves, remainders = encoding.pack_ids(ids[entries], lengths[low:high])
+        parts = [_deflate(values) for values in (lengths[low:high], codes[entries], octaves)]
+        frames.append(b"".join([*parts, remainders.tobytes()]))
     return {
-        "ids": encoding.pack_ids(ids, bits),
         "frames": np.frombuffer(b"".join(frames), np.uint8),
-        "frame_bytes": np.cumsum([0, *map(len, frames)]).astype(np.uint32),
-        "frame_entries": ends[cuts].astype(np.uint32),
+        "frame_bytes": np.cumsum([0, *map(len, frames)]).astype(np.uint64),
     }
 
 
@@ -66,25 +65,32 @@ class Frame(NamedTuple):
 
     Attributes:
         lengths: [positions of the frame] entries of each.
-        steps: [sum of lengths], what :func:`kdlib.cache.encoding.differences` made of the codes.
-        ids: the bytes that hold the entries' ids and four more; the first id begins at ``bit`` of the first byte.
+        codes, octaves: [sum of lengths] of the weights and of the ids' gaps.
+        remainders: bytes; the first entry's begins at the first bit.
     """
 
     lengths: np.ndarray
-    steps: np.ndarray
-    ids: np.ndarray
-    bit: int
+    codes: np.ndarray
+    octaves: np.ndarray
+    remainders: np.ndarray
 
 
-def unpack_frame(shard: dict[str, np.ndarray], number: int, bits: int) -> Frame:
-    """One frame of a mapped shard; ``bits`` of an id."""
+def unpack_frame(shard: dict[str, np.ndarray], number: int, length_type: str) -> Frame:
+    """One frame of a mapped shard whose lengths are kept as ``length_type``."""
     low, high = shard["frame_bytes"][number : number + 2].tolist()
-    first, last = shard["frame_entries"][number : number + 2].tolist()
-    data = zlib.decompress(shard["frames"][low:high])
-    lengths = np.frombuffer(data, "<u2", (len(data) - (last - first)) // 2)
-    steps = np.frombuffer(data, np.uint8, last - first, 2 * len(lengths))
-    ids = shard["ids"][first * bits // 8 : -(-last * bits // 8) + 4]
-    return Frame(lengths, steps, ids, first * bits % 8)
+    parts, rest = [], shard["frames"][low:high]
+    for kept in (length_type, np.uint8, np.uint8):
+        stream = zlib.decompressobj(-9)
+        parts.append(np.frombuffer(stream.decompress(rest), kept))
+        rest = stream.unused_data
+    return Frame(*parts, np.frombuffer(rest, np.uint8))
+
+
+def _deflate(values: np.ndarray) -> bytes:
+    # Bytes do not repeat in patterns here, so codes for single bytes are shorter than references to earlier ones, and no
+    # window of earlier ones is needed. Raw: a shard has its SHA-256.
+    stream = zlib.compressobj(9, wbits=-9, strategy=zlib.Z_HUFFMAN_ONLY)
+    return stream.compress(values.tobytes()) + stream.flush()
 
 
 def write_shard(

@@ -55,7 +55,7 @@ def write_targets(
         shard_tokens: flat positions in one shard, at least (shards end at window ends).
 
     Returns:
-        tokens, bytes, bytes_per_token, tokens_per_second of this pass (None if nothing was left to do), entries a token
+        format (its version), tokens, bytes, bytes_per_token, tokens_per_second of this pass (None if nothing was left to do), entries a token
         (None for dense), teacher entropy and loss in nats a token.
 
     Raises:
@@ -75,7 +75,7 @@ def write_targets(
         "shard_tokens": shard_tokens,
         "precision": teacher.precision,
         "weights_sha256": teacher.fingerprint(),
-        "id_bits": encoding.id_bits(teacher.vocabulary),
+        "length_type": kind.length_type.str,
     }
     head = None
     if kind.name == "dense":
@@ -100,7 +100,7 @@ def write_targets(
                 if describe_shard(folder, number) is None:
                     first, last = _span(shards, number, len(split.tokens))
                     order, parts = _shard(teacher, split, shards[number], kind, temperature, seed, block_length)
-                    arrays, sums = _arrange(order, parts, kind, first, last, description["id_bits"])
+                    arrays, sums = _arrange(order, parts, kind, first, last)
                     write_shard(folder, number, first, last, arrays, sums)
                     written += size
                 progress.update(size)
@@ -220,9 +220,7 @@ def _uniforms(windows: np.ndarray, seed: int, numbers: int):
     return at
 
 
-def _arrange(
-    positions: np.ndarray, parts: list[dict], kind: kinds.Kind, first: int, last: int, bits: int
-) -> tuple[dict, dict]:
+def _arrange(positions: np.ndarray, parts: list[dict], kind: kinds.Kind, first: int, last: int) -> tuple[dict, dict]:
     """Entries in the order they were computed -> arrays in the order of flat positions, empty where nothing is predicted."""
     joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     sums = {key: float(joined[key].sum()) for key in ("entropy", "nll")} | {"tokens": len(positions)}
@@ -243,7 +241,7 @@ def _arrange(
     order = np.argsort(positions)
     shifts = np.repeat(starts[order] - (np.cumsum(lengths[order]) - lengths[order]), lengths[order])
     entries = np.arange(len(joined["ids"])) + shifts
-    arrays |= pack_entries(place(lengths), joined["ids"][entries], joined["codes"][entries], bits)
+    arrays |= pack_entries(place(lengths.astype(kind.length_type)), joined["ids"][entries], joined["codes"][entries])
     return arrays | {"weights": kind.weights}, sums | {"entries": len(entries)}
 
 
@@ -257,6 +255,7 @@ def _finish(folder: Path, description: dict, shards: int, positions: int, rate: 
     )
     remove_leftovers(folder)
     return {
+        "format": VERSION,
         "tokens": sums["tokens"],
         "bytes": size,
         "bytes_per_token": size / sums["tokens"],
