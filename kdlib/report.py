@@ -228,6 +228,7 @@ _TARGETS = {
     "Runs": "{runs}",
     "Tokens": "{tokens:si}",
     "Bytes/token": "{bytes_per_token:.1f}",
+    "Format": "{format:.0f}",
     "Ids/token": "{entries_per_token:.1f}",
     "Angle, untrained": "{angle_initial:.1f}",
     "Angle, trained": "{angle_trained:.1f}",
