@@ -237,8 +237,9 @@ def reading(data: corpus.Split, rounds: int) -> list[dict]:
             caches.append(TargetCache(at, {}, 1.0))
         times = alternate(rounds, *(functools.partial(read, cache) for cache in caches))
     rows = []
-    for name, found, seconds in zip(READ, written, times, strict=True):
-        detail = f"16 x {LENGTH} shuffled, {found['distinct_ids_per_token']:.0f} ids and {found['bytes_per_token']:.1f} bytes a token"
+    for (name, kind), found, seconds in zip(READ.items(), written, times, strict=True):
+        ids, size = found["distinct_ids_per_token"], found["bytes_per_token"]
+        detail = f"16 x {LENGTH} shuffled; {kind.draws} draws, {ids:.0f} ids and {size:.1f} bytes a token"
         rows.append(row(f"reading {name}targets, one process, warm", order.size / seconds, ">= 1000000", detail, "tokens/s"))
     return rows
 

@@ -64,9 +64,8 @@ every_sparse_kind = pytest.mark.parametrize("kind", SPARSE.values(), ids=SPARSE)
 
 @pytest.fixture
 def small_frames(monkeypatch):
-    """Frames of 7 positions: every window of a tiny split crosses some."""
-    for module in (shards, reader):
-        monkeypatch.setattr(module, "FRAME", 7)
+    """Frames of about 7 tokens: a tiny shard has some."""
+    monkeypatch.setattr(writer, "FRAME", 7)
 
 
 def guard_of(split, teacher="teacher-1", block_length=BLOCK):
@@ -463,13 +462,14 @@ def test_the_tail_is_exact_where_the_kept_mass_is_one_but_for_rounding():
 # What is written is what is read
 
 
-def read_alone(folder, frame):
+def read_alone(folder):
     """Position -> {id: weight}, tail, entropy, nll, decoded byte by byte as FORMAT.md has it."""
     found, kept = {}, json.loads((folder / "manifest.json").read_text())["length_type"]
     for path in sorted(folder.glob("0*.safetensors")):
         shard, position = load_file(path), json.loads(path.with_suffix(".json").read_text())["first"]
         row = 0
-        for low, high in itertools.pairwise(shard["frame_bytes"].tolist()):
+        for number, (low, high) in enumerate(itertools.pairwise(shard["frame_bytes"].tolist())):
+            assert shard["frame_positions"][number] == row
             parts, rest = [], shard["frames"][low:high].tobytes()
             for letter in (kept, "B", "B"):
                 stream = zlib.decompressobj(-9)
@@ -479,7 +479,7 @@ def read_alone(folder, frame):
                 rest = stream.unused_data
             lengths, codes, octaves = parts
             bits = "".join(f"{byte:08b}"[::-1] for byte in rest)
-            assert len(lengths) == min(frame, len(shard["entropy"]) - row) and sum(lengths) == len(codes) == len(octaves)
+            assert sum(lengths) == len(codes) == len(octaves)
             for length in lengths:
                 token, entry = -1, {}
                 for _ in range(length):
@@ -492,7 +492,7 @@ def read_alone(folder, frame):
                 found[position + row] = entry, math.exp(tail), *nats
                 row += 1
             assert not codes and len(bits) < 8 and "1" not in bits
-        assert row == len(shard["entropy"])
+        assert row == len(shard["entropy"]) and len(shard["frame_positions"]) == number + 1 > (row > 40)
     return found
 
 
@@ -500,7 +500,7 @@ def read_alone(folder, frame):
 def test_every_field_comes_back_in_any_order_and_across_shards_and_frames(tmp_path, kind, small_frames):
     split = make_split()
     about = write(tmp_path, kind, split=split)
-    entries = read_alone(tmp_path, 7)
+    entries = read_alone(tmp_path)
     assert sorted(entries) == list(range(len(split.tokens)))
     assert len(list(tmp_path.glob("0*.safetensors"))) > 3
     rng, everywhere = np.random.default_rng(0), np.arange(len(split.tokens))
@@ -1087,7 +1087,8 @@ def test_the_disk_estimate_bounds_codes_that_cannot_be_compressed(tmp_path, kind
     # Evenly spread: no other ids have as long remainders.
     ids = np.concatenate([(np.arange(length) + 1) * (vocabulary // (length + 1)) for length in lengths])
     codes = rng.integers(0, 256, lengths.sum(), dtype=np.uint8)
-    arrays = shards.pack_entries(lengths.astype(kind.length_type), ids, codes) | {"weights": kind.weights}
+    frames = np.arange(0, positions, shards.FRAME)
+    arrays = shards.pack_entries(lengths.astype(kind.length_type), ids, codes, frames) | {"weights": kind.weights}
     arrays |= {name: np.zeros(positions, np.uint8) for name in ("entropy", "nll")}
     if kind.name == "topk":
         arrays["log_tail"] = np.zeros(positions, np.float16)
@@ -1114,7 +1115,7 @@ def test_the_reader_printed_in_the_documentation_prints_what_the_cache_holds(tmp
     document = Path(shards.__file__).with_name("FORMAT.md").read_text()
     (script,) = re.findall(r"```python\n(.*?)```", document, re.DOTALL)
     assert "kdlib" not in script and script.count("\n") <= 15
-    assert f"every {shards.FRAME} positions" in document and f"version {shards.VERSION}" in document
+    assert f"frames of about {shards.FRAME} tokens" in document and f"version {shards.VERSION}" in document
     split = make_split(documents=70)
     positions = np.arange(len(split.tokens))
     assert len(positions) > 3 * shards.FRAME

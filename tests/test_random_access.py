@@ -97,13 +97,14 @@ def test_another_split_than_the_targets_is_refused(opened):
         cache.document_positions(other, "talk/validation0#00")
 
 
-def keep_one_frame(folder, frame):
+def keep_one_frame(folder, frame, positions):
     """Overwrite what the only shard holds of the positions outside one frame, in place."""
     path, shard = folder / "00000.safetensors", shards.map_shard(folder, 0)
-    rows = slice(frame * shards.FRAME, (frame + 1) * shards.FRAME)
+    rows = slice(*positions)
     kept = {name: rows for name in ("entropy", "nll", "log_tail", "hidden")}
     if "frames" in shard:
         low, high = shard["frame_bytes"][frame : frame + 2].tolist()
+        assert shard["frame_positions"][frame : frame + 2].tolist() == positions
         kept |= {"frames": slice(low, high)}
     size = int.from_bytes(path.read_bytes()[:8], "little")
     header = json.loads(path.read_bytes()[8 : 8 + size])
@@ -120,11 +121,15 @@ def test_reading_a_position_needs_no_byte_of_another_frame(tmp_path, kind):
     split = make_split(documents=70)
     cache = write(tmp_path, kind, split, shard_tokens=10**6)
     assert len(split.tokens) > 3 * shards.FRAME and len(list(tmp_path.glob("0*.safetensors"))) == 1
-    at = np.array([shards.FRAME, shards.FRAME + 200, 2 * shards.FRAME - 1])
+    # As kdlib.cache.writer forms them: of whole windows, a new one where the tokens so far pass a multiple.
+    windows = split.windows(BLOCK)
+    passed = np.flatnonzero(np.diff(np.cumsum(windows[:, 1]) // shards.FRAME)) + 1
+    begin, end = windows[passed[:2], 0].tolist()
+    at = np.array([begin, begin + 200, end - 1])
     before, known = held(cache.read(at)), cache.statistics(at)
-    keep_one_frame(tmp_path, 1)
+    keep_one_frame(tmp_path, 1, [begin, end])
     # The files are mapped: what was overwritten is what is read now.
-    assert cache.statistics(at - shards.FRAME)["nll"].tolist() == [64, 64, 64]
+    assert cache.statistics(np.array([0, begin - 1, end]))["nll"].tolist() == [64, 64, 64]
     for row, position in enumerate(at):
         assert torch.equal(held(cache.read(at[row : row + 1])), before[row : row + 1])
         assert cache.statistics(np.array([position]))["nll"] == known["nll"][row]

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from kdlib.cache import encoding
 from kdlib.cache.kinds import Kind
-from kdlib.cache.shards import FRAME, VERSION, check_shard, describe_shard, map_shard, read_record, unpack_frame
+from kdlib.cache.shards import VERSION, check_shard, describe_shard, map_shard, read_record, unpack_frame
 from kdlib.corpus import Split
 from kdlib.errors import KdlibError
 from kdlib.losses import DenseTargets, SparseTargets
@@ -76,6 +76,11 @@ class TargetCache:
             firsts.append(about["first"])
             self._shards.append(map_shard(folder, number))
         self._firsts = np.array(firsts)
+        if self.kind.name != "dense":
+            # Each frame's first position, and each shard's first frame.
+            starts = [shard["frame_positions"].astype(np.int64) for shard in self._shards]
+            self._frames = np.concatenate([first + part for first, part in zip(firsts, starts, strict=True)])
+            self._first_frames = np.cumsum([0, *map(len, starts)])[:-1]
 
     def read(self, positions: np.ndarray) -> SparseTargets | DenseTargets:
         """Targets at flat ``positions`` [T], row for row; −1 gives a row without mass (dense: a row of zeros).
@@ -161,7 +166,8 @@ class TargetCache:
 
     def _gather(self, name: str, positions: np.ndarray, empty: float = 0) -> np.ndarray:
         """Rows of an array that has one a position; ``empty`` where the position is -1."""
-        owner = self._owner(positions)
+        self._check(positions)
+        owner = np.searchsorted(self._firsts, positions, side="right") - 1
         sample = self._shards[0][name]
         out = np.full((len(positions), *sample.shape[1:]), empty, sample.dtype)
         for number in np.unique(owner[positions >= 0]):
@@ -174,28 +180,31 @@ class TargetCache:
         lengths, used = np.zeros(len(positions), np.int64), np.flatnonzero(positions >= 0)
         if not len(used):
             return lengths, np.zeros(0, np.int64), np.zeros(0, np.uint8)
-        owner = self._owner(positions[used])
-        frame, place = np.divmod(positions[used] - self._firsts[owner], FRAME)
+        self._check(positions)
+        frame = np.searchsorted(self._frames, positions[used], side="right") - 1
         # Each frame is decompressed once, whatever the order of the positions; from here on frames lie side by side.
-        keys, which = np.unique(owner << 32 | frame, return_inverse=True)
-        frames = [unpack_frame(self._shards[key >> 32], key & 2**32 - 1, self._length_type) for key in keys.tolist()]
+        found, which = np.unique(frame, return_inverse=True)
+        owner = np.searchsorted(self._first_frames, found, side="right") - 1
+        frames = [
+            unpack_frame(self._shards[shard], number, self._length_type)
+            for shard, number in zip(owner.tolist(), (found - self._first_frames[owner]).tolist(), strict=True)
+        ]
         remainders = np.concatenate([*(one.remainders for one in frames), np.zeros(4, np.uint8)])
         frame_lengths, codes, octaves, _ = (np.concatenate(parts) for parts in zip(*frames, strict=True))
         frame_lengths = frame_lengths.astype(np.int64)
         bits = _remainder_starts(octaves, [len(one.octaves) for one in frames])
-        at = np.cumsum([0, *(len(one.lengths) for one in frames)])[which] + place
+        at = np.cumsum([0, *(len(one.lengths) for one in frames)])[which] + positions[used] - self._frames[frame]
         lengths[used] = mine = frame_lengths[at]
         entries = np.repeat((np.cumsum(frame_lengths) - frame_lengths)[at] - (np.cumsum(mine) - mine), mine)
         entries += np.arange(len(entries))
         ids = encoding.unpack_ids(octaves.take(entries), remainders, bits.take(entries), mine)
         return lengths, ids, codes.take(entries)
 
-    def _owner(self, positions: np.ndarray) -> np.ndarray:
+    def _check(self, positions: np.ndarray) -> None:
         if len(positions) and positions.max() >= self.positions:
             raise KdlibError(
                 f"Position {positions.max()} lies past the targets' end ({self.positions} positions): they belong to other documents."
             )
-        return np.searchsorted(self._firsts, positions, side="right") - 1
 
 
 def _remainder_starts(octaves: np.ndarray, frame_entries: list[int]) -> np.ndarray:

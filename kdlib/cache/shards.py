@@ -14,6 +14,7 @@ files carry a checksum of their content.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import uuid
@@ -30,33 +31,35 @@ from kdlib.cache import encoding
 from kdlib.errors import KdlibError
 
 VERSION = 3
-FRAME = 256  # positions compressed together: what reading one position must decompress
+FRAME = 256  # tokens compressed together, about: what reading one position must decompress
 SHARD_BYTES = 4096  # at most, beside its positions: the weights, headers and JSON files
-DTYPES = {"U8": np.uint8, "U16": np.uint16, "U64": np.uint64, "F16": np.float16, "F32": np.float32}
+DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "U64": np.uint64, "F16": np.float16, "F32": np.float32}
 
 
-def pack_entries(lengths: np.ndarray, ids: np.ndarray, codes: np.ndarray) -> dict[str, np.ndarray]:
+def pack_entries(lengths: np.ndarray, ids: np.ndarray, codes: np.ndarray, frames: np.ndarray) -> dict[str, np.ndarray]:
     """Entries of a shard's positions, in their order, as the arrays that are written.
 
     Args:
         lengths: [n] entries of each position, of the type they are kept as; ids, codes: [sum of lengths], a position's ids
             ascending.
+        frames: the position that each begins with, the first 0.
 
     Returns:
         ``frames``, one after the other: a frame's lengths, codes and octaves, each deflated on its own, then its
-        remainders (see :func:`kdlib.cache.encoding.pack_ids`); ``frame_bytes`` [frames + 1]: where each begins.
+        remainders (see :func:`kdlib.cache.encoding.pack_ids`); ``frame_bytes`` [frames + 1]: where each begins;
+        ``frame_positions``: as given.
     """
     ends = np.r_[0, np.cumsum(lengths, dtype=np.int64)]
-    cuts = np.r_[np.arange(0, len(lengths), FRAME), len(lengths)]
-    frames = []
-    for low, high in zip(cuts[:-1], cuts[1:], strict=True):
+    packed = []
+    for low, high in itertools.pairwise([*frames, len(lengths)]):
         entries = slice(ends[low], ends[high])
         octaves, remainders = encoding.pack_ids(ids[entries], lengths[low:high])
         parts = [_deflate(values) for values in (lengths[low:high], codes[entries], octaves)]
-        frames.append(b"".join([*parts, remainders.tobytes()]))
+        packed.append(b"".join([*parts, remainders.tobytes()]))
     return {
-        "frames": np.frombuffer(b"".join(frames), np.uint8),
-        "frame_bytes": np.cumsum([0, *map(len, frames)]).astype(np.uint64),
+        "frames": np.frombuffer(b"".join(packed), np.uint8),
+        "frame_bytes": np.cumsum([0, *map(len, packed)]).astype(np.uint64),
+        "frame_positions": frames.astype(np.uint32),
     }
 
 

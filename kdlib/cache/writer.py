@@ -14,6 +14,7 @@ from kdlib import corpus
 from kdlib.cache import encoding, kinds
 from kdlib.cache.external import FileTeacher, ServerTeacher, TopChunk
 from kdlib.cache.shards import (
+    FRAME,
     SHARD_BYTES,
     VERSION,
     check_shard,
@@ -52,7 +53,7 @@ def write_targets(
         guard: what the targets depend on (see :func:`kdlib.cache.reader.guard`), kept in the manifest.
         temperature: of the distribution kept; 1 for kind dense, which serves every temperature.
         seed: of the draws.
-        shard_tokens: flat positions in one shard, at least (shards end at window ends).
+        shard_tokens: in one shard, about (shards end at window ends).
 
     Returns:
         format (its version), tokens, bytes, bytes_per_token, tokens_per_second of this pass (None if nothing was left to do), entries a token
@@ -64,7 +65,7 @@ def write_targets(
     """
     _check(teacher, kind, temperature, guard)
     windows = split.windows(block_length)
-    shards = _shards(windows, shard_tokens)
+    shards = _parts(windows, shard_tokens)
     description = {
         "version": VERSION,
         "kind": kind.describe(),
@@ -100,7 +101,9 @@ def write_targets(
                 if describe_shard(folder, number) is None:
                     first, last = _span(shards, number, len(split.tokens))
                     order, parts = _shard(teacher, split, shards[number], kind, temperature, seed, block_length)
-                    arrays, sums = _arrange(order, parts, kind, first, last)
+                    frames = np.array([part[0, 0] for part in _parts(shards[number], FRAME)]) - first
+                    frames[0] = 0
+                    arrays, sums = _arrange(order, parts, kind, first, last, frames)
                     write_shard(folder, number, first, last, arrays, sums)
                     written += size
                 progress.update(size)
@@ -138,9 +141,10 @@ def _check(teacher: ModelTeacher | DenseTeacher | ServerTeacher | FileTeacher, k
         )
 
 
-def _shards(windows: np.ndarray, shard_tokens: int) -> list[np.ndarray]:
+def _parts(windows: np.ndarray, tokens: int) -> list[np.ndarray]:
+    # Of whole windows, so that a row of training text finds what belongs to it in one place.
     ends = np.cumsum(windows[:, 1])
-    return [part for part in np.split(windows, np.flatnonzero(np.diff(ends // shard_tokens)) + 1) if len(part)]
+    return [part for part in np.split(windows, np.flatnonzero(np.diff(ends // tokens)) + 1) if len(part)]
 
 
 def _span(shards: list[np.ndarray], number: int, positions: int) -> tuple[int, int]:
@@ -220,7 +224,9 @@ def _uniforms(windows: np.ndarray, seed: int, numbers: int):
     return at
 
 
-def _arrange(positions: np.ndarray, parts: list[dict], kind: kinds.Kind, first: int, last: int) -> tuple[dict, dict]:
+def _arrange(
+    positions: np.ndarray, parts: list[dict], kind: kinds.Kind, first: int, last: int, frames: np.ndarray
+) -> tuple[dict, dict]:
     """Entries in the order they were computed -> arrays in the order of flat positions, empty where nothing is predicted."""
     joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     sums = {key: float(joined[key].sum()) for key in ("entropy", "nll")} | {"tokens": len(positions)}
@@ -241,7 +247,8 @@ def _arrange(positions: np.ndarray, parts: list[dict], kind: kinds.Kind, first: 
     order = np.argsort(positions)
     shifts = np.repeat(starts[order] - (np.cumsum(lengths[order]) - lengths[order]), lengths[order])
     entries = np.arange(len(joined["ids"])) + shifts
-    arrays |= pack_entries(place(lengths.astype(kind.length_type)), joined["ids"][entries], joined["codes"][entries])
+    lengths = place(lengths.astype(kind.length_type))
+    arrays |= pack_entries(lengths, joined["ids"][entries], joined["codes"][entries], frames)
     return arrays | {"weights": kind.weights}, sums | {"entries": len(entries)}
 
 
