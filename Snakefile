@@ -4,23 +4,24 @@
     snakemake --config profile=paper --dry-run  # the plan, without network or models
     snakemake --config profile=gpu --workflow-profile profiles/slurm
 
-Every job is one command that a person could type. Which runs there are, and what each reads, is in kdlib/plan.py.
+Every job is one command that a person could type. Which runs there are, and what each reads, is in kdlib/study/plan.py.
 """
 
 import os
 import sys
 from pathlib import Path
 
-from kdlib import notebooks, plan, report, runs
+from kdlib.analysis import report
+from kdlib.study import notebooks, plan, store
 from kdlib.errors import KdlibError
-from kdlib.profiles import load
-from kdlib.revisions import code_hash
+from kdlib.study.profiles import load
+from kdlib.study.revisions import code_hash
 
 PROFILE = str(config.get("profile", "quick"))
 if PROFILE.endswith((".yaml", ".yml")):
     PROFILE = str(Path(PROFILE).resolve())  # jobs run elsewhere
 try:
-    # Those that were asked for with `make paper GRIDS=…`, or `python -m kdlib.plan PROFILE GRID …`.
+    # Those that were asked for with `make paper GRIDS=…`, or `python -m kdlib.study.plan PROFILE GRID …`.
     GRIDS = plan.begun(PROFILE)
     STUDY = {step.id: step for step in plan.study(PROFILE, GRIDS)}
 except KdlibError as error:
@@ -28,9 +29,9 @@ except KdlibError as error:
 
 # A finished run is never made again: its id carries all that shaped it. So only missing runs are outputs of a rule; finished
 # ones are plain input files, which Snakemake neither deletes nor remakes, whatever their date.
-MISSING = [run for run in STUDY if not runs.find(PROFILE, run)]
+MISSING = [run for run in STUDY if not store.find(PROFILE, run)]
 
-RESULTS = runs.results(PROFILE).relative_to(runs.home())
+RESULTS = store.results(PROFILE).relative_to(store.home())
 METRICS = f"{RESULTS}/runs/{{run}}/metrics.json"
 PAPER = f"paper/kdlib-{RESULTS.name}.pdf"
 TEX = [str(path) for path in (Path(workflow.basedir) / "paper").glob("*.tex")]
@@ -43,7 +44,7 @@ WRITTEN = {
     for notebook, (tables, figures) in report.analyses(GRIDS).items()
 }
 
-workdir: runs.home()
+workdir: store.home()
 # Jobs use the interpreter that reads this file, also where its environment is not activated.
 shell.prefix(f"export PATH={str(Path(sys.executable).parent)!r}:$PATH; ")
 
@@ -83,11 +84,11 @@ for notebook, written in WRITTEN.items():
             notebook=notebook,
             profile=PROFILE,
             code=notebooks.code_hash(notebooks.find(f"notebooks/{notebook}.ipynb")),
-            library=[code_hash(module) for module in ("runs", "statistics", "comparison", "studies", "accounts", "figures", "report")],
-            plan=runs.digest([[step.id, step.label] for step in STUDY.values()]),
-            settings=runs.digest(load(PROFILE).model_dump(mode="json")),
+            library=[code_hash(module) for module in ("study/store", "analysis")],
+            plan=store.digest([[step.id, step.label] for step in STUDY.values()]),
+            settings=store.digest(load(PROFILE).model_dump(mode="json")),
         message: "analysis {params.notebook}"
-        shell: "python -m kdlib.run notebooks/{params.notebook}.ipynb --profile {params.profile:q}"
+        shell: "python -m kdlib.study.runner notebooks/{params.notebook}.ipynb --profile {params.profile:q}"
 
 
 rule paper:
@@ -95,6 +96,6 @@ rule paper:
     output: PAPER
     params:
         profile=PROFILE,
-        library=[code_hash(module) for module in ("report", "paper")],
+        library=[code_hash("analysis")],
     message: "paper {output}"
-    shell: "python -m kdlib.paper --profile {params.profile:q}"
+    shell: "python -m kdlib.analysis.paper --profile {params.profile:q}"

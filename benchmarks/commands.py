@@ -12,8 +12,8 @@ from pathlib import Path
 
 from record import record
 
-from kdlib import runs
-from kdlib.profiles import REPOSITORY
+from kdlib.study import store
+from kdlib.study.profiles import REPOSITORY
 
 COMMANDS = [
     ("make paper (quick) on a fresh machine, downloads included", ["make", "paper"], "<= 1800"),
@@ -44,7 +44,7 @@ if __name__ == "__main__":
                 "measured": round(seconds),
                 "unit": "s",
                 "detail": detail,
-                "device": runs.device(),
+                "device": store.device(),
             }
             print(row, flush=True)
             record([row])

@@ -21,9 +21,11 @@ from record import record
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kdlib import corpus, models, runs
+from kdlib import models
 from kdlib.cache import Kind, ModelTeacher, TargetCache, write_targets
+from kdlib.data import corpus
 from kdlib.losses import DenseTargets, SparseTargets, linear_distillation_loss
+from kdlib.study import store
 from kdlib.training import Collator
 
 VOCABULARY, LENGTH = 8192, 256
@@ -335,7 +337,7 @@ def row(what: str, measured: float, target: str, detail: str, unit: str = "×") 
         "measured": shown,
         "unit": unit,
         "detail": detail,
-        "device": runs.device(),
+        "device": store.device(),
     }
 
 

@@ -9,8 +9,9 @@ import pytest
 import synthetic_results
 from nbclient import NotebookClient
 
-from kdlib import profiles, report
-from kdlib.profiles import REPOSITORY
+from kdlib.analysis import report
+from kdlib.study import profiles
+from kdlib.study.profiles import REPOSITORY
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from kdlib import plan, profiles, runs
-from kdlib.parameters import CorpusParameters, TeacherParameters
+from kdlib.study import plan, profiles, store
+from kdlib.study.parameters import CorpusParameters, TeacherParameters
 
 SPLITS = ("validation", "calibration", "test", "ood")
 NLL = {"frozen": 3.4, "lora": 3.1, "full": 3.05, "scratch": 3.6, "ce": 4.95, "kd": 4.86, "online_kd": 4.85}
@@ -28,7 +28,7 @@ def write(profile: str, sources: int = 12, seed: int = 0, grids: Sequence[str] =
     documents = _documents(profiles.load(profile).corpus, sources)
     for step in plan.study(profile, tuple(grids)):
         rng = np.random.default_rng([seed, int(step.id[-12:], 16)])
-        folder = runs.results(profile) / "runs" / step.id
+        folder = store.results(profile) / "runs" / step.id
         folder.mkdir(parents=True)
         metrics = {
             "cost": {
@@ -40,13 +40,13 @@ def write(profile: str, sources: int = 12, seed: int = 0, grids: Sequence[str] =
         metrics |= {"corpus": _corpus, "targets": _targets, "fidelity": _fidelity}.get(step.kind, _model)(
             step, documents, folder, rng
         )
-        runs.write_json(folder / "settings.json", step.settings)
-        runs.write_json(
+        store.write_json(folder / "settings.json", step.settings)
+        store.write_json(
             folder / "provenance.json", {"started": "2024-05-01T00:00:00Z", "seconds": 0.0, "device": "invented processor, 2 threads"}
         )
-        runs.write_json(folder / "metrics.json", metrics)
+        store.write_json(folder / "metrics.json", metrics)
     plan.write(profile, tuple(grids))
-    return runs.results(profile)
+    return store.results(profile)
 
 
 def _documents(corpus: CorpusParameters, sources: int) -> pd.DataFrame:
@@ -135,7 +135,7 @@ def _effect(values) -> float:
     own = {name: value for name, value in found.items() if value != usual[name]}
     own = {name: value for name, value in own.items() if name not in {"profile", "objective", "seed", "epochs"}}
     start = {"identical": -1.78, "every_nth": -0.8, "embeddings": -0.1, "random": 0.0}[values.initialisation]
-    varied = np.random.default_rng(int(runs.digest(own), 16)).normal(0, 0.03) if own else 0.0
+    varied = np.random.default_rng(int(store.digest(own), 16)).normal(0, 0.03) if own else 0.0
     return varied + start + (2.5 if values.text == "uniform" else 0)
 
 

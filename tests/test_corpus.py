@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from kdlib import corpus, documents, readers, sources
-from kdlib.corpus import Split
+from kdlib.data import corpus, documents, readers, sources
+from kdlib.data.corpus import Split
+from kdlib.data.sources import HubSource, PathSource
 from kdlib.errors import KdlibError
-from kdlib.profiles import REPOSITORY
-from kdlib.sources import HubSource, PathSource
+from kdlib.study.profiles import REPOSITORY
 
 # ---------------------------------------------------------------------------------------------------------- helpers
 
@@ -451,7 +451,7 @@ def test_texts_shorter_than_a_shingle_are_compared_whole():
 
 
 def test_shingles_are_the_same_in_every_process():
-    script = "from kdlib.documents import _shingles; print(_shingles(['a b c d e f g h i'])[0].tolist())"
+    script = "from kdlib.data.documents import _shingles; print(_shingles(['a b c d e f g h i'])[0].tolist())"
     outputs = {
         subprocess.run(
             [sys.executable, "-c", script], cwd=REPOSITORY, env={"PYTHONHASHSEED": seed}, capture_output=True, text=True

@@ -12,12 +12,12 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from kdlib import evaluation
-from kdlib.corpus import Split, pack
+from kdlib.analysis.statistics import pool_target_logprobs
+from kdlib.data.corpus import Split, pack
 from kdlib.ensemble.model import EnsembleForCausalLM
 from kdlib.errors import KdlibError
-from kdlib.evaluation import ece, evaluate, fit_temperature, hidden_states, predicting_positions
-from kdlib.statistics import pool_target_logprobs
+from kdlib.evaluation import metrics as evaluation
+from kdlib.evaluation.metrics import ece, evaluate, fit_temperature, hidden_states, predicting_positions
 
 VOCABULARY, BLOCK = 67, 16
 

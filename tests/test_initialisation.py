@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from tiny import VOCABULARY, make_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kdlib import models, vocabulary
+from kdlib import models
+from kdlib.data import vocabulary
 from kdlib.ensemble.model import EnsembleForCausalLM
 from kdlib.errors import KdlibError
-from kdlib.initialisation import initialise, layer_choice, perturb
+from kdlib.models.initialisation import initialise, layer_choice, perturb
 
 ARCHITECTURES = ("llama", "gpt2", "qwen3")
 LAYERS = 6

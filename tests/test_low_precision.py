@@ -10,9 +10,11 @@ from tiny import make_split
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, get_cosine_schedule_with_warmup
 
-from kdlib import low_precision, models, profiles
+from kdlib import models
 from kdlib.errors import KdlibError
-from kdlib.low_precision import adamw_8bit, eight_bit_backward, require
+from kdlib.models import low_precision
+from kdlib.models.low_precision import adamw_8bit, eight_bit_backward, require
+from kdlib.study import profiles
 
 library = pytest.mark.skipif(low_precision._torchao() is None, reason="needs torchao")
 hardware = pytest.mark.skipif(

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdlib import models, vocabulary
+from kdlib import models
+from kdlib.data import vocabulary
 from kdlib.errors import KdlibError
 
 ARCHITECTURES = ("llama", "gpt2", "qwen3")

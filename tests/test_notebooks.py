@@ -3,9 +3,9 @@ import json
 import fake_notebooks
 import pytest
 
-from kdlib import notebooks
 from kdlib.errors import KdlibError
-from kdlib.profiles import REPOSITORY
+from kdlib.study import notebooks
+from kdlib.study.profiles import REPOSITORY
 
 
 def test_saving_in_jupyter_leaves_the_code_hash(tmp_path):

@@ -29,7 +29,7 @@ from kdlib.errors import KdlibError
 from kdlib.losses import balance, fused
 from kdlib.losses.divergences import divergence_loss
 from kdlib.losses.features import FeatureLoss
-from kdlib.schedules import Schedule
+from kdlib.study.schedules import Schedule
 from kdlib.training import LOG_COLUMNS, DistillationTrainer, newest_checkpoint, read_log
 
 SPLIT = make_split(documents=20)

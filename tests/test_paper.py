@@ -4,8 +4,9 @@ import shutil
 
 import pytest
 
-from kdlib import paper, report, runs
+from kdlib.analysis import paper, report
 from kdlib.errors import KdlibError
+from kdlib.study import store
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_a_number_the_profile_does_not_have_is_named(copy, monkeypatch):
 @pytest.mark.slow
 def test_generated_tables_hold_a_line_for_every_row_of_their_csv(copy):
     folder = paper.generate("smoke")
-    written = [stem for stems, _ in report.analyses(runs.grids("smoke")).values() for stem in stems]
+    written = [stem for stems, _ in report.analyses(store.grids("smoke")).values() for stem in stems]
     shown = {name: table for name, table in report.TABLES.items() if table.csv in written}
     assert {path.stem for path in folder.glob("table-*")} == {f"table-{name}" for name in shown}
     for name, table in shown.items():

@@ -14,8 +14,10 @@ from pathlib import Path
 import fake_notebooks
 import pytest
 
-from kdlib import notebooks, plan, producers, report, runs
-from kdlib.profiles import REPOSITORY, available
+from kdlib.analysis import report
+from kdlib.runs import producers
+from kdlib.study import notebooks, plan, store
+from kdlib.study.profiles import REPOSITORY, available
 
 GRIDS = ("targets",)
 # What a run measures about the machine, not about the model.
@@ -66,7 +68,7 @@ def study(tmp_path_factory):
     home = tmp_path_factory.mktemp("study")
     shutil.copytree(REPOSITORY / "notebooks", home / "notebooks")
     results = home / "results" / "smoke"
-    asked = [sys.executable, "-m", "kdlib.plan", "smoke", *GRIDS]
+    asked = [sys.executable, "-m", "kdlib.study.plan", "smoke", *GRIDS]
     subprocess.run(asked, cwd=REPOSITORY, env={**os.environ, "KDLIB_HOME": str(home)}, check=True)
     first = snakemake(home, start_new_session=True)
     deadline = time.monotonic() + 600
@@ -123,7 +125,7 @@ def test_where_only_results_are_left_what_a_missing_run_reads_is_made_again(stud
     shutil.rmtree(lost.path)
     folder = tmp_path / "results" / "smoke" / "runs"
     for run in folder.iterdir():
-        for artefact in set(runs.ARTEFACTS.values()):
+        for artefact in set(store.ARTEFACTS.values()):
             shutil.rmtree(run / artefact, ignore_errors=True)
     before = {path: path.read_bytes() for path in folder.glob("*/*") if path.is_file()}
     made = producers.make(step)
@@ -216,4 +218,4 @@ def test_the_notebooks_of_the_results_folder_come_first(tmp_path, monkeypatch):
     mine = fake_notebooks.write(tmp_path / "notebooks" / "12_methods.ipynb", "resamples = 1000")
     monkeypatch.chdir(tmp_path)
     assert notebooks.find("notebooks/12_methods.ipynb") == mine.resolve()
-    assert runs.home() == REPOSITORY
+    assert store.home() == REPOSITORY

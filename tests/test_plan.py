@@ -9,8 +9,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdlib import plan, profiles, run, runs
 from kdlib.errors import KdlibError
+from kdlib.study import plan, profiles, runner, store
 
 
 @pytest.fixture(autouse=True)
@@ -166,7 +166,7 @@ def test_a_grid_is_part_of_the_study_once_it_was_asked_for(mine, home):
     plan.write(profile, asked)
     assert plan.begun(profile) == ("data",) and plan.begun(profile, ["all"]) == ("data", "losses")
     assert plan.begun(profile, ["losses"]) == ("data", "losses")
-    written = runs.read_json(home / "results" / "mine" / "plan.json")["grids"]["data"]
+    written = store.read_json(home / "results" / "mine" / "plan.json")["grids"]["data"]
     assert written["cells"] == [["deep", [plan.cells(profile, "data")["deep"][0].id]]]
     assert {entry["id"] for entry in written["runs"]} > {one for _, ids in written["cells"] for one in ids}
 
@@ -340,12 +340,12 @@ def test_sources_are_part_of_the_corpus_they_make(monkeypatch):
 def test_the_command_of_every_step_makes_that_very_step(profile):
     for step in plan.study(profile, plan.begun(profile, ["all"])):
         words = shlex.split(plan.command(step))
-        assert words[:3] == ["python", "-m", "kdlib.run"]
-        options = run._options(words[3:])
+        assert words[:3] == ["python", "-m", "kdlib.study.runner"]
+        options = runner._options(words[3:])
         values = profiles.parameters(
             options.notebook.removeprefix("notebooks/").removesuffix(".ipynb"),
             options.profile,
-            **run.changes(options.set),
+            **runner.changes(options.set),
         )
         assert plan.step(values).id == step.id
 
@@ -362,7 +362,7 @@ def test_a_value_on_a_command_line_is_read_back_as_it_was(value):
     text = plan._yaml(value)
     assert text.isascii()
     # As text, since 1, 1.0 and True are equal, and so are mappings in another order.
-    assert repr(run.changes(shlex.split(shlex.join([f"a={text}"])))["a"]) == repr(value)
+    assert repr(runner.changes(shlex.split(shlex.join([f"a={text}"])))["a"]) == repr(value)
 
 
 def test_small_numbers_and_any_script_pass_through_a_shell(mine):
@@ -371,11 +371,11 @@ def test_small_numbers_and_any_script_pass_through_a_shell(mine):
         "learning_rate_multipliers": {"mlp": 3e-05, "é😀'$HOME": 1e22, "on": 1.0, "": 0.5},
     }
     one = plan.step(profiles.parameters("05_ensemble", mine(), student=student))
-    printed = plan.command(one).replace("python -m kdlib.run", r"printf '%s\n'", 1)
+    printed = plan.command(one).replace("python -m kdlib.study.runner", r"printf '%s\n'", 1)
     passed = subprocess.run(["sh", "-c", printed], capture_output=True, text=True, check=True).stdout
-    options = run._options(passed.splitlines())
-    assert run.changes(options.set) == {"student": student}
-    assert plan.step(profiles.parameters("05_ensemble", options.profile, **run.changes(options.set))).id == one.id
+    options = runner._options(passed.splitlines())
+    assert runner.changes(options.set) == {"student": student}
+    assert plan.step(profiles.parameters("05_ensemble", options.profile, **runner.changes(options.set))).id == one.id
 
 
 @pytest.mark.parametrize("stages", [False, True])
@@ -391,7 +391,7 @@ def test_the_order_of_multipliers_makes_another_student_and_its_command_tells_it
     one, other = (plan.step(profiles.parameters("04_student", profile, **student(order))) for order in orders)
     assert one.id != other.id
     for step in (one, other):
-        changes = run.changes(run._options(shlex.split(plan.command(step))[3:]).set)
+        changes = runner.changes(runner._options(shlex.split(plan.command(step))[3:]).set)
         assert plan.step(profiles.parameters("04_student", profile, **changes)).id == step.id
 
 
@@ -416,7 +416,7 @@ def test_a_missing_run_is_told_with_the_command_that_makes_it():
     step = plan.step(profiles.parameters("04_student", "smoke", seed=3))
     with pytest.raises(
         KdlibError,
-        match=f"{step.id} .student kd seed 3. has not been made yet. Make it with: python -m kdlib.run .*seed=3",
+        match=f"{step.id} .student kd seed 3. has not been made yet. Make it with: python -m kdlib.study.runner .*seed=3",
     ):
         step.run()
 
@@ -441,7 +441,7 @@ def test_a_plan_that_is_no_longer_true_is_written_anew(home, monkeypatch):
     fewer = plan.comparison("smoke")[:3]
     monkeypatch.setattr(plan, "comparison", lambda profile: fewer)
     plan.write("smoke")
-    assert [entry["id"] for entry in runs.read_json(home / "results" / "smoke" / "plan.json")["runs"]] == [
+    assert [entry["id"] for entry in store.read_json(home / "results" / "smoke" / "plan.json")["runs"]] == [
         step.id for step in fewer
     ]
     monkeypatch.undo()

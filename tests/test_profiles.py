@@ -3,9 +3,9 @@ import types
 import pytest
 import yaml
 
-from kdlib import profiles
 from kdlib.errors import KdlibError
-from kdlib.parameters import FidelityParameters, Selection
+from kdlib.study import profiles
+from kdlib.study.parameters import FidelityParameters, Selection
 
 
 def smoke() -> dict:

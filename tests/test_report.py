@@ -13,9 +13,10 @@ import pandas as pd
 import pytest
 import synthetic_results
 
-from kdlib import accounts, comparison, figures, report, runs
+from kdlib.analysis import accounts, comparison, figures, report
 from kdlib.errors import KdlibError
-from kdlib.profiles import NOTEBOOKS, REPOSITORY
+from kdlib.study import store
+from kdlib.study.profiles import NOTEBOOKS, REPOSITORY
 
 GENERATED = re.compile(r"<!-- (\w+):begin -->.*?<!-- \1:end -->", re.DOTALL)
 
@@ -130,7 +131,7 @@ def test_a_changed_result_shows_as_a_number_that_is_no_longer_its_lookup(home, t
 @pytest.mark.slow
 def test_analyses_write_what_is_listed_and_every_figure_has_its_table(home):
     results, drawn = home / "results" / "smoke", home / "figures" / "smoke"
-    analyses = report.analyses(runs.grids("smoke"))
+    analyses = report.analyses(store.grids("smoke"))
     tables = {stem for stems, _ in analyses.values() for stem in stems}
     pictures = {stem for _, stems in analyses.values() for stem in stems}
     assert {path.stem for path in results.glob("*.csv")} == tables
@@ -144,7 +145,7 @@ def test_the_same_results_give_the_same_bytes_without_a_notebook_or_torch(home, 
     shutil.copytree(home / "results" / "smoke" / "runs", tmp_path / "results" / "smoke" / "runs")
     shutil.copy(home / "results" / "smoke" / "plan.json", tmp_path / "results" / "smoke")
     code = []
-    for name in report.analyses(runs.grids("smoke")):
+    for name in report.analyses(store.grids("smoke")):
         notebook = nbformat.read(REPOSITORY / "notebooks" / f"{name}.ipynb", as_version=4)
         code.append("\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code"))
     program = "import sys\n" + "".join(f"exec({one!r}, {{}})\n" for one in code) + 'assert "torch" not in sys.modules'
@@ -234,20 +235,20 @@ def test_the_best_member_is_chosen_on_validation_text(synthetic):
     metrics = models.run[worst].metrics
     for split in ("test", "ood"):
         metrics["evaluation"][split]["nll"] = 0.0
-    runs.write_json(models.run[worst].path / "metrics.json", metrics)
+    store.write_json(models.run[worst].path / "metrics.json", metrics)
     assert comparison.best_member(ensemble, models).id in set(ensemble.members) - {worst}
 
 
 def test_an_ensemble_pays_for_its_members_and_once_for_their_targets(synthetic):
     flops = comparison.models("smoke").groupby("method").flops.mean()
-    targets = next(run for run in runs.table("smoke").run if run.kind == "targets").metrics["flops"]
+    targets = next(run for run in store.table("smoke").run if run.kind == "targets").metrics["flops"]
     assert flops["CE ensemble (logit pool)"] == 2 * flops["CE student"]
     assert flops["KD student"] == flops["CE student"] + targets
     assert flops["KD ensemble (logit pool)"] == 2 * flops["CE student"] + targets
 
 
 def test_the_run_table_has_a_row_for_every_run_and_split(synthetic):
-    table, planned = comparison.runs_table("smoke"), runs.table("smoke")
+    table, planned = comparison.runs_table("smoke"), store.table("smoke")
     assert set(table.run) == set(planned.index)
     assert (table[table.kind == "student"].groupby("run").split.nunique() == 4).all()
     assert {
@@ -280,11 +281,11 @@ def test_set_up_tells_of_targets_from_elsewhere_and_of_a_weight_on_a_schedule(sy
     (targets,) = accounts._of_kind("smoke", "targets")
     settings = targets.settings
     del settings["inputs"]["teacher"]
-    runs.write_json(targets.path / "settings.json", settings)
+    store.write_json(targets.path / "settings.json", settings)
     for run in accounts._of_kind("smoke", "student"):
         settings = run.settings
         settings["parameters"].pop("kd_weight", None)
-        runs.write_json(run.path / "settings.json", settings)
+        store.write_json(run.path / "settings.json", settings)
     setup = accounts.setup("smoke", 1000).set_index("name").value
     assert (setup["teacher"], setup["kd_weight"]) == ("a small model", "on a schedule")
 
@@ -292,14 +293,14 @@ def test_set_up_tells_of_targets_from_elsewhere_and_of_a_weight_on_a_schedule(sy
 def test_the_peak_is_that_of_the_process_that_took_most(synthetic):
     before = accounts.cost("smoke").set_index("what").peak_memory_bytes
     run = next(run for run in accounts._of_kind("smoke", "student") if run.metrics["training"]["tokens"])
-    runs.write_json(run.path / "metrics.json", run.metrics | {"training": run.metrics["training"] | {"peak_memory_bytes": int(9e9)}})
+    store.write_json(run.path / "metrics.json", run.metrics | {"training": run.metrics["training"] | {"peak_memory_bytes": int(9e9)}})
     after = accounts.cost("smoke").set_index("what").peak_memory_bytes
     assert after.max() == 9e9 > before.max()
 
 
 def test_targets_of_a_writer_that_timed_none_have_no_speed(synthetic):
     (targets,) = accounts._of_kind("smoke", "targets")
-    runs.write_json(targets.path / "metrics.json", targets.metrics | {"tokens_per_second": None})
+    store.write_json(targets.path / "metrics.json", targets.metrics | {"tokens_per_second": None})
     cost = accounts.cost("smoke").set_index("what")
     assert cost.tokens["writing targets"] == targets.metrics["tokens"] and np.isnan(cost.seconds["writing targets"])
 

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from kdlib import plan, revisions
 from kdlib.errors import KdlibError
+from kdlib.study import plan, revisions
 
 SOURCE = '''"""What the module is about."""
 
@@ -25,7 +25,7 @@ def label():
 def package(tmp_path, monkeypatch):
     monkeypatch.setattr(revisions, "PACKAGE", tmp_path)
     monkeypatch.setattr(revisions, "RECORD", tmp_path / "revisions.json")
-    monkeypatch.setattr(revisions, "MODULES", ("losses", "cache"))
+    monkeypatch.setattr(revisions, "MODULES", {"losses": "losses", "cache": "cache"})
     (tmp_path / "losses.py").write_text(SOURCE)
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "reader.py").write_text("a = 1\n")
@@ -122,5 +122,5 @@ def test_every_module_that_shapes_a_run_can_be_declared():
 @pytest.mark.parametrize("module", revisions.MODULES)
 def test_every_edit_of_the_project_is_declared(module):
     revisions.code_version.cache_clear()
-    told = f"Say what your edit was: python -m kdlib.revisions keep {module} (same results) or bump {module} (others)"
+    told = f"Say what your edit was: python -m kdlib.study.revisions keep {module} (same results) or bump {module} (others)"
     assert revisions.code_version(module).startswith("r"), told

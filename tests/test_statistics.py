@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kdlib import statistics
+from kdlib.analysis import statistics
 from kdlib.errors import KdlibError
 
 

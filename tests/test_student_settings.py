@@ -13,14 +13,19 @@ from safetensors.torch import load_file
 from test_training import Interrupt, distance, same, weights
 from tiny import BLOCK, dense_log_probs, make_model, make_split, predicting
 
-from kdlib import fidelity, initialisation, models, parameters, plan, producers, profiles, sources
+from kdlib import models
 from kdlib.cache import export_cache
-from kdlib.corpus import load_split, pack
+from kdlib.data import sources
+from kdlib.data.corpus import load_split, pack
+from kdlib.data.sources import PathSource
 from kdlib.errors import KdlibError
+from kdlib.evaluation import fidelity
 from kdlib.losses.divergences import DIVERGENCES
 from kdlib.losses.features import FeatureLoss
-from kdlib.schedules import Stage
-from kdlib.sources import PathSource
+from kdlib.models import initialisation
+from kdlib.runs import producers
+from kdlib.study import parameters, plan, profiles
+from kdlib.study.schedules import Stage
 from kdlib.training import DistillationTrainer, discard_checkpoints, read_log, steps, train_model
 
 TEACHER = {"layers": 2, "hidden_size": 32, "heads": 2}

@@ -14,9 +14,10 @@ import pytest
 import synthetic_results
 import yaml
 
-from kdlib import comparison, paper, report, runs, statistics, studies
+from kdlib.analysis import comparison, paper, report, statistics, studies
 from kdlib.errors import KdlibError
-from kdlib.profiles import REPOSITORY
+from kdlib.study import store
+from kdlib.study.profiles import REPOSITORY
 
 LINEAR = {"shape": "linear", "start": 0.0, "end": 1.0}
 GRIDS = {
@@ -56,7 +57,7 @@ def metrics(run, **splits) -> None:
     found = run.metrics
     for split, nll in splits.items():
         found["evaluation"][split]["nll"] = nll
-    runs.write_json(run.path / "metrics.json", found)
+    store.write_json(run.path / "metrics.json", found)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def invented(profile, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KDLIB_HOME", str(folder))
         synthetic_results.write(profile, grids=GRIDS)
-        for run in runs.cells(profile, "weights")[BEST_ON_VALIDATION]:
+        for run in store.cells(profile, "weights")[BEST_ON_VALIDATION]:
             metrics(run, validation=1.0, test=9.0)
     return folder
 
@@ -143,22 +144,22 @@ def test_a_teacher_in_the_loop_is_paid_by_its_student_and_cached_targets_apart(p
     online, cached = studies.students(profile, "features").iloc[0], studies.students(profile, "losses").iloc[0]
     training = online.run.metrics["training"]
     assert online.flops == training["flops"] + training["teacher_flops"] > training["flops"] == cached.flops
-    targets = runs.find(profile, cached.run.settings["inputs"]["targets"]).metrics["flops"]
+    targets = store.find(profile, cached.run.settings["inputs"]["targets"]).metrics["flops"]
     assert (online.target_flops, cached.target_flops) == (0, targets) and targets > 0
 
 
 def test_redrawn_targets_cost_what_the_dense_ones_did(profile, fresh):
     row = studies.students(profile, "losses").iloc[0]
-    dense = runs.find(profile, row.run.settings["inputs"]["targets"])
+    dense = store.find(profile, row.run.settings["inputs"]["targets"])
     drawn = dense.path.with_name("targets-000000000000")
     shutil.copytree(dense.path, drawn)
-    runs.write_json(drawn / "metrics.json", dense.metrics | {"flops": 0})
-    runs.write_json(
+    store.write_json(drawn / "metrics.json", dense.metrics | {"flops": 0})
+    store.write_json(
         drawn / "settings.json", dense.settings | {"inputs": {**dense.settings["inputs"], "dense": dense.id}}
     )
     settings = row.run.settings
     settings["inputs"]["targets"] = drawn.name
-    runs.write_json(row.run.path / "settings.json", settings)
+    store.write_json(row.run.path / "settings.json", settings)
     assert studies.students(profile, "losses").target_flops[0] == dense.metrics["flops"]
 
 
@@ -261,7 +262,7 @@ def test_one_cell_is_nothing_to_compare(profile, home):
 def test_a_grid_that_was_not_made_is_told_with_the_command_that_makes_it(profile, fresh):
     plan = json.loads((fresh / "plan.json").read_text())
     plan["grids"].pop("losses")
-    runs.write_json(fresh / "plan.json", plan)
+    store.write_json(fresh / "plan.json", plan)
     with pytest.raises(KdlibError, match="no grid 'losses'.*make paper PROFILE=.*grids.* GRIDS=losses"):
         studies.students(profile, "losses")
 
@@ -304,7 +305,7 @@ def test_weights_are_compared_with_the_constant_that_validation_chose(home, prin
 @pytest.mark.slow
 def test_the_share_of_the_teachers_accuracy_is_what_it_says(profile, home, printed):
     means = pd.read_csv(home / "results" / "grids" / "initialisation.csv").set_index("cell")
-    teacher = next(run for run in runs.table(profile).run if run.kind == "teacher").metrics["evaluation"]["test"]
+    teacher = next(run for run in store.table(profile).run if run.kind == "teacher").metrics["evaluation"]["test"]
     np.testing.assert_allclose(means.share, means.accuracy / teacher["accuracy"], rtol=1e-4)
     assert report.look_up(
         profile, {"csv": "initialisation", "where": {"cell": "identical"}, "format": "{share:.1%}"}
@@ -316,7 +317,7 @@ def test_the_paper_has_a_table_and_findings_for_every_grid_there_is(profile, ana
     plan = analysed_copy / "results" / "grids" / "plan.json"
     found = json.loads(plan.read_text())
     found["grids"].pop("losses")
-    runs.write_json(plan, found)
+    store.write_json(plan, found)
     written = {path.name for path in paper.generate(profile).iterdir()}
     stems = {stems[0] for name, (stems, _) in report.ANALYSES.items() if name in report.GRIDS}
     assert {f"table-{stem}.tex" for stem in stems} - written == {"table-losses.tex"}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from kdlib import corpus, synthetic, vocabulary
+from kdlib.data import corpus, synthetic, vocabulary
 from kdlib.errors import KdlibError
 
 SEPARATOR, VOCABULARY = 0, 259  # three special tokens and one for each byte

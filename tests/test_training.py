@@ -30,12 +30,12 @@ from transformers import AutoModelForCausalLM, GPT2Config, TrainerCallback
 
 from kdlib import models, training
 from kdlib.cache import Kind, ModelTeacher, TargetCache, write_targets
-from kdlib.corpus import load_split, pack, save_split
+from kdlib.data.corpus import load_split, pack, save_split
 from kdlib.errors import KdlibError
 from kdlib.losses import SparseTargets, fused
 from kdlib.losses.features import FeatureLoss
-from kdlib.parameters import TrainingParameters
-from kdlib.schedules import Schedule, Stage
+from kdlib.study.parameters import TrainingParameters
+from kdlib.study.schedules import Schedule, Stage
 from kdlib.training import (
     Collator,
     DistillationTrainer,

@@ -19,9 +19,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from kdlib import vocabulary
+from kdlib.data import vocabulary
+from kdlib.data.sources import cache_folder
 from kdlib.errors import KdlibError
-from kdlib.sources import cache_folder
 
 UNUSED = ["<repo_name>", "<file_sep>", "<empty_output>"]
 AWKWARD = " \n\t\r\u00a0\u3000\x00\x04\x1d'09½é\u0301ßπ漢🙂👩\u200d🚀\U0010fffftheaou<|>"

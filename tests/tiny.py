@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from kdlib.corpus import Split
+from kdlib.data.corpus import Split
 
 VOCABULARY, BLOCK = 29, 16
 # Models this small gain nothing from threads, which on a busy machine wait for one another at every operation.

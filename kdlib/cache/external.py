@@ -13,7 +13,7 @@ import numpy as np
 from kdlib.cache.exchange import export_top_k, import_top_k
 from kdlib.cache.reader import TargetCache
 from kdlib.cache.server import CompletionServer
-from kdlib.corpus import Split
+from kdlib.data.corpus import Split
 from kdlib.errors import KdlibError
 
 POSITIONS = 4096  # read or asked for at a time

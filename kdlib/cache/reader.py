@@ -11,7 +11,7 @@ from torch.nn import functional
 from kdlib.cache import encoding
 from kdlib.cache.kinds import Kind
 from kdlib.cache.shards import VERSION, check_shard, describe_shard, map_shard, read_record, unpack_frame
-from kdlib.corpus import Split
+from kdlib.data.corpus import Split
 from kdlib.errors import KdlibError
 from kdlib.losses import DenseTargets, SparseTargets
 

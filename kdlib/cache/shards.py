@@ -8,7 +8,7 @@ A cache is a folder::
     00000.json              first, last (exclusive), sha256 and size of that file, and sums for the report
     head.safetensors        kind dense only: the teacher's output layer, weight [V, D] and bias [V]
 
-Flat positions are those of :class:`kdlib.corpus.Split`: position i predicts token i + 1; the last position of a document
+Flat positions are those of :class:`kdlib.data.corpus.Split`: position i predicts token i + 1; the last position of a document
 predicts nothing and has no entries. ``FORMAT.md`` next to this file describes the arrays, with a reader in ten lines. JSON
 files carry a checksum of their content.
 """

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdlib import corpus, models
+from kdlib import models
+from kdlib.data import corpus
 from kdlib.errors import KdlibError
 from kdlib.losses.logits import head_logits
 

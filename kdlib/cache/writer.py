@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from safetensors.numpy import save
 
-from kdlib import corpus
 from kdlib.cache import encoding, kinds
 from kdlib.cache.external import FileTeacher, ServerTeacher, TopChunk
 from kdlib.cache.shards import (
@@ -28,8 +27,9 @@ from kdlib.cache.shards import (
     write_shard,
 )
 from kdlib.cache.teachers import DenseTeacher, ModelTeacher
+from kdlib.data import corpus
 from kdlib.errors import KdlibError
-from kdlib.progress import bar
+from kdlib.study.progress import bar
 
 
 def write_targets(

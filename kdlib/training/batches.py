@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from kdlib import corpus
 from kdlib.cache import TargetCache
+from kdlib.data import corpus
 from kdlib.errors import KdlibError
 
 

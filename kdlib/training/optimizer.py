@@ -6,7 +6,7 @@ import re
 from torch import nn
 
 from kdlib.errors import KdlibError
-from kdlib.parameters import TrainingParameters
+from kdlib.study.parameters import TrainingParameters
 
 
 def steps(settings: TrainingParameters, rows: int) -> int:

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from kdlib import corpus
+from kdlib.data import corpus
 from kdlib.losses.features import FeatureLoss
-from kdlib.schedules import Stage, stage_ends
+from kdlib.study.schedules import Stage, stage_ends
 from kdlib.training.optimizer import steps
 from kdlib.training.trainer import DistillationTrainer
 

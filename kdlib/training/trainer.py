@@ -18,15 +18,17 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from kdlib import corpus, low_precision, models
+from kdlib import models
 from kdlib.cache import TargetCache
+from kdlib.data import corpus
 from kdlib.errors import KdlibError
 from kdlib.losses import DenseTargets, linear_distillation_loss
 from kdlib.losses.balance import backward as balance_gradients
 from kdlib.losses.features import FeatureLoss
-from kdlib.parameters import TrainingParameters
-from kdlib.progress import bar
-from kdlib.schedules import Schedule, as_schedule
+from kdlib.models import low_precision
+from kdlib.study.parameters import TrainingParameters
+from kdlib.study.progress import bar
+from kdlib.study.schedules import Schedule, as_schedule
 from kdlib.training.batches import Collator, Rows
 from kdlib.training.checkpoints import last_step, newest_checkpoint
 from kdlib.training.log import StepLog, memory_bytes, peak_memory_bytes, read_log, teacher_tokens
@@ -87,7 +89,7 @@ class DistillationTrainer(Trainer):
         if int(processes := os.environ.get("WORLD_SIZE", "1")) > 1:
             raise KdlibError(
                 f"A run is trained by one process on one device; found WORLD_SIZE={processes}, as torchrun sets it. Start python "
-                "itself; python -m kdlib.producers --share 0/2 and 1/2 make the runs of a profile side by side."
+                "itself; python -m kdlib.runs.producers --share 0/2 and 1/2 make the runs of a profile side by side."
             )
         low_precision.require(settings.low_precision)
         if not len(index):

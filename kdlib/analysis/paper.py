@@ -1,0 +1,182 @@
+"""Builds the paper of a profile from its results: numbers, tables and findings as LaTeX, then the PDF. Trains nothing.
+
+    python -m kdlib.analysis.paper --profile laptop
+
+``paper/generated/<profile>/`` receives the LaTeX, ``paper/build/<profile>/`` everything one would submit, and
+``paper/kdlib-<profile>.pdf`` the result. The system's pdflatex is used if there is one, else a TinyTeX that is
+downloaded as data. The README is redrawn with the profile it shows.
+"""
+
+import argparse
+import calendar
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from kdlib.analysis import figures, report
+from kdlib.data import sources
+from kdlib.errors import KdlibError
+from kdlib.study import profiles, store
+
+SOURCE = profiles.REPOSITORY / "paper"
+TINYTEX = {"linux-x86_64": "x86_64-linux", "darwin-x86_64": "universal-darwin", "darwin-arm64": "universal-darwin"}
+
+
+def missing(profile: str) -> list[Path]:
+    """Analysis outputs that the paper needs and that are not there."""
+    tables, drawn = store.results(profile), figures.folder(profile)
+    analyses = report.analyses(store.grids(profile))
+    wanted = [tables / "numbers" / f"{notebook}.json" for notebook in analyses]
+    for stems, pictures in analyses.values():
+        wanted += [tables / f"{stem}.csv" for stem in stems] + [drawn / f"{stem}.pdf" for stem in pictures]
+    return [path for path in wanted if not path.is_file()]
+
+
+def shown(tex: str) -> set[str]:
+    r"""Names of the numbers that a LaTeX text shows: ``\result{…}``, and its short forms ``\setting{…}`` and
+    ``\amount{…}``."""
+    text = re.sub(r"(?<!\\)%.*", "", tex)
+    names = {f"setup/{name}/value" for name in re.findall(r"\\setting\{([^}#]+)\}", text)}
+    names |= {f"setup/{name}/si" for name in re.findall(r"\\amount\{([^}#]+)\}", text)}
+    return names | set(re.findall(r"\\result\{([^}#]+)\}", text))
+
+
+def generate(profile: str) -> Path:
+    r"""Write ``numbers.tex`` and the tables and findings that ``main.tex`` reads; returns their folder.
+
+    Raises:
+        KdlibError: an analysis has not been run, or ``main.tex`` shows a number that this profile does not have.
+    """
+    if absent := missing(profile):
+        first = ", ".join(str(path) for path in absent[:4]) + (" …" if len(absent) > 4 else "")
+        name = Path(profile).stem
+        raise KdlibError(
+            f"The paper of profile {name!r} needs {len(absent)} files that its analyses have not written: {first}. "
+            f"Write them with: make paper PROFILE={name}"
+        )
+    found = report.numbers(profile)
+    if unknown := sorted(shown((SOURCE / "main.tex").read_text(encoding="utf-8")) - set(found)):
+        raise KdlibError(
+            f"paper/main.tex shows numbers that profile {profile!r} does not have: {', '.join(unknown)}. "
+            "The study must hold both objectives, ce and kd, and the probability pool."
+        )
+    folder = store.home() / "paper" / "generated" / Path(profile).stem
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "numbers.tex").write_text(report.latex_macros(found), encoding="utf-8")
+    written = [stem for stems, _ in report.analyses(store.grids(profile)).values() for stem in stems]
+    for name, table in report.TABLES.items():
+        if table.csv not in written:
+            continue  # of a grid that this profile does not have; main.tex leaves its section out
+        (folder / f"table-{name}.tex").write_text(report.latex_table(table, profile), encoding="utf-8")
+    for stem in [stem for stem in report.FINDINGS if stem in written]:
+        items = [f"\\item {report.latex(sentence)}\n" for sentence in report.findings(profile, stem)]
+        (folder / f"findings-{stem}.tex").write_text("".join(items), encoding="utf-8")
+    return folder
+
+
+def build(profile: str) -> Path:
+    """Generate the LaTeX, gather it with the text and the figures, and compile; returns the PDF's path.
+
+    The same results give the same bytes: the PDF's date is that of the newest run.
+
+    Raises:
+        KdlibError: as :func:`generate`; or LaTeX failed, told by its first error.
+    """
+    generated, name = generate(profile), Path(profile).stem
+    folder = store.home() / "paper" / "build" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(generated, folder)
+    for path in [*SOURCE.glob("*.tex"), *figures.folder(profile).glob("*.pdf")]:
+        shutil.copy(path, folder)
+    date = report.look_up(profile, {"csv": "setup", "where": {"name": "date"}, "format": "{value}"})
+    compile_latex(folder, calendar.timegm(time.strptime(date, "%Y-%m-%d")))
+    pdf = store.home() / "paper" / f"kdlib-{name}.pdf"
+    os.replace(folder / "main.pdf", pdf)
+    return pdf
+
+
+def compile_latex(folder: Path, epoch: int) -> None:
+    """Run pdflatex twice (references) on ``main.tex`` in ``folder``; shell escapes are off.
+
+    Raises:
+        KdlibError: LaTeX failed; the message holds its first error.
+    """
+    command = [engine(), "-no-shell-escape", "-interaction=nonstopmode", "-halt-on-error", "main.tex"]
+    environment = {**os.environ, "SOURCE_DATE_EPOCH": str(epoch), "FORCE_SOURCE_DATE": "1"}
+    for _ in range(2):
+        result = subprocess.run(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True)
+        if result.returncode:
+            raise KdlibError(
+                f"LaTeX could not compile {folder / 'main.tex'}: {first_error(folder / 'main.log', result.stdout)}"
+            )
+
+
+def first_error(log: Path, output: bytes) -> str:
+    """The first error of a LaTeX log, with the line it names, in one sentence that says where to read on."""
+    text = log.read_text(errors="replace") if log.is_file() else output.decode(errors="replace")
+    if found := re.search(r"^! (.*(?:\n(?!l\.\d).*){0,12}?)\n(l\.\d+ .*)$", text, flags=re.MULTILINE):
+        return f"{found[1].splitlines()[0]} at {found[2].strip()} (the whole log: {log})"
+    first = next(
+        (line for line in text.splitlines() if line.startswith("!")), (text.strip().splitlines() or ["no output"])[-1]
+    )
+    return f"{first} (the whole log: {log})"
+
+
+def engine() -> str:
+    """Path of pdflatex: the system's, else TinyTeX's, fetched and extracted into the cache once.
+
+    Raises:
+        KdlibError: neither is to be had on this machine.
+    """
+    if found := shutil.which("pdflatex"):
+        return found
+    platform = f"{sys.platform}-{os.uname().machine}"
+    if platform not in TINYTEX:
+        raise KdlibError(
+            f"There is no pdflatex here and no TinyTeX for {platform} (only for {', '.join(TINYTEX)}). "
+            "Install TeX Live, then try again."
+        )
+    source = sources.catalogue()["tinytex"]
+    folder = sources.cache_folder() / "extracted" / source.sha256[:12]
+    root = source.members[0].rstrip("*")
+    # Written last: a tree whose extraction was cut short has none, and is gone over again.
+    if not (folder / "complete").is_file():
+        sources.extract(
+            sources.fetch(source),
+            [f"{root}bin/{TINYTEX[platform]}/pdflatex", f"{root}texmf-*", f"{root}LICENSE*"],
+            folder,
+        )
+        (folder / "complete").touch()
+    return str(folder / root / "bin" / TINYTEX[platform] / "pdflatex")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of ``python -m kdlib.analysis.paper``; returns the exit status (2: the input was wrong)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kdlib.analysis.paper", description="Build the paper of a profile from its results."
+    )
+    parser.add_argument("--profile", required=True, help="name, or path of a .yaml file")
+    parser.add_argument("--analyses", action="store_true", help="only name the notebooks that the paper is drawn from")
+    options = parser.parse_args(arguments)
+    profile = options.profile
+    if options.analyses:
+        print(*report.analyses(store.grids(profile)), sep="\n")
+        return 0
+    try:
+        print(build(profile))
+        # A results home apart from the repository has no README to redraw.
+        if Path(profile).stem == report.README_PROFILE and (store.home() / "README.md").is_file():
+            report.update_readme()
+    except KdlibError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

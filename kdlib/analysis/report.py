@@ -1,0 +1,389 @@
+"""How results are told: tidy CSV, and numbers and tables that are always looked up in one.
+
+A number in the paper or the README is never typed. An analysis registers it as a *lookup* (file, row, column, format)
+in ``results/<profile>/numbers/<notebook>.json``; LaTeX and Markdown are generated from lookups and tables alone.
+"""
+
+import csv
+import re
+import string
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from kdlib.errors import KdlibError
+from kdlib.study import store
+
+# What each analysis writes: tables results/<profile>/<table>.csv and figures figures/<profile>/<figure>.{pdf,png}, each
+# of which has a table of its name.
+ANALYSES = {
+    "10_objectives": (
+        ["objectives", "objectives_seeds", "objectives_differences", "learning_curves"],
+        ["objectives", "learning_curves"],
+    ),
+    "11_target_fidelity": (["targets", "targets_runs", "targets_differences"], ["targets"]),
+    "12_methods": (["methods", "methods_differences"], ["methods"]),
+    "15_calibration": (["calibration", "reliability"], ["reliability"]),
+    "17_cost": (["runs", "setup", "corpus", "vocabulary", "cost"], ["cost"]),
+    "21_kd_weight": (["kd_weight", "kd_weight_runs", "kd_weight_differences"], ["kd_weight"]),
+    "22_losses": (["losses", "losses_runs", "losses_differences"], ["losses"]),
+    "23_features": (["features", "features_runs", "features_differences"], ["features"]),
+    "24_initialisation": (
+        ["initialisation", "initialisation_runs", "initialisation_differences"],
+        ["initialisation"],
+    ),
+    "25_data": (["data", "data_runs", "data_differences"], ["data"]),
+}
+# Analyses of a grid of the profile, which not every profile has.
+GRIDS = {
+    "11_target_fidelity": "targets",
+    "21_kd_weight": "weights",
+    "22_losses": "losses",
+    "23_features": "features",
+    "24_initialisation": "initialisation",
+    "25_data": "data",
+}
+# Tables whose rows are sentences: what a study found.
+FINDINGS = [stem for stems, _ in ANALYSES.values() for stem in stems if stem.endswith("_differences")]
+README_FINDINGS = ("objectives_differences", "methods_differences")
+README_PROFILE = "laptop"
+README_FIGURES = {
+    "methods": "Negative log-likelihood of every method on test and out-of-domain text, with intervals",
+    "objectives": "Students with and without soft targets, seed by seed, and the differences with intervals",
+    "targets": "Gradient angle, distance from the teacher, test loss and calibration error against bytes a token on disk",
+}
+
+
+def analyses(grids: Iterable[str]) -> dict[str, tuple[list[str], list[str]]]:
+    """The part of :data:`ANALYSES` that a profile with these grids has."""
+    grids = set(grids)
+    return {name: written for name, written in ANALYSES.items() if name not in GRIDS or GRIDS[name] in grids}
+
+
+def save_table(frame: pd.DataFrame, profile: str, stem: str) -> None:
+    """Write ``results/<profile>/<stem>.csv``: six digits, whole numbers in full, empty cells for what is unknown."""
+    path = store.results(profile) / f"{stem}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frame.convert_dtypes().to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
+
+
+class _Formatter(string.Formatter):
+    # Adds the format "si" for counts of any size: in full below 10 000, else three digits and a metric prefix.
+    def format_field(self, value, spec):
+        if spec != "si" or isinstance(value, str):
+            return super().format_field(value, spec.removeprefix("si"))
+        if abs(value) < 10_000:
+            return f"{value:,.0f}"
+        power = min(5, int(np.log10(abs(value)) / 3 + 1e-9))
+        return f"{value / 1000**power:#.3g}".rstrip(".") + " " + " kMGTP"[power]
+
+
+def render(template: str, cells: dict[str, str]) -> str:
+    """A format string filled with the cells of a CSV row: numbers where they are numbers; "–" if one is empty."""
+    wanted = [name for _, name, _, _ in string.Formatter().parse(template) if name]
+    if any(cells[name] == "" for name in wanted):
+        return "–"
+    return _Formatter().vformat(template, (), {name: _value(cells[name]) for name in wanted})
+
+
+def _value(cell: str) -> float | int | str:
+    for kind in (int, float):
+        try:
+            return kind(cell)
+        except ValueError:
+            continue
+    return cell
+
+
+def rows(profile: str, stem: str, where: dict[str, str]) -> list[dict[str, str]]:
+    """The rows of a results CSV whose cells equal ``where``, as text.
+
+    Raises:
+        KdlibError: the file is not there, or lacks a column.
+    """
+    path = store.results(profile) / f"{stem}.csv"
+    if not path.is_file():
+        raise KdlibError(
+            f"{path} is missing. An analysis writes it; make it with: make paper PROFILE={Path(profile).stem}"
+        )
+    with open(path, newline="", encoding="utf-8") as file:
+        found = list(csv.DictReader(file))
+    if unknown := set(where) - set(found[0] if found else where):
+        raise KdlibError(f"{path} has no column {', '.join(sorted(unknown))}; it has {', '.join(found[0])}.")
+    return [row for row in found if all(row[name] == str(value) for name, value in where.items())]
+
+
+def look_up(profile: str, lookup: dict) -> str:
+    """The text of a number: ``format`` applied to the one row of ``csv`` that matches ``where``.
+
+    Raises:
+        KdlibError: no row, or several, match.
+    """
+    found = rows(profile, lookup["csv"], lookup["where"])
+    if len(found) != 1:
+        raise KdlibError(f"A number needs one row of {lookup['csv']}.csv where {lookup['where']}; found {len(found)}.")
+    return render(lookup["format"], found[0])
+
+
+def save_numbers(profile: str, notebook: str, shown: dict[str, tuple[list[str], dict[str, str]]]) -> None:
+    """Register cells of saved tables as numbers of the paper, named ``<table>/<key>/…/<name>``.
+
+    Writes ``results/<profile>/numbers/<notebook>.json``.
+
+    Args:
+        shown: table: (columns that together name a row, {name of the number: format string over the row's columns}).
+    """
+    found = {}
+    for stem, (keys, formats) in shown.items():
+        for row in rows(profile, stem, {}):
+            where = {key: row[key] for key in keys}
+            for name, template in formats.items():
+                lookup = {"csv": stem, "where": where, "format": template}
+                found["/".join([stem, *where.values(), name])] = lookup | {"text": look_up(profile, lookup)}
+    path = store.results(profile) / "numbers" / f"{notebook}.json"
+    path.parent.mkdir(exist_ok=True)
+    store.write_json(path, found)
+
+
+def numbers(profile: str) -> dict[str, str]:
+    """Every registered number of the profile: name → text.
+
+    Raises:
+        KdlibError: an analysis has not been run.
+    """
+    found = {}
+    for notebook in analyses(store.grids(profile)):
+        path = store.results(profile) / "numbers" / f"{notebook}.json"
+        if not path.is_file():
+            raise KdlibError(
+                f"The analysis {notebook} of profile {profile!r} has not been run ({path} is missing). "
+                f"Run it with: python -m kdlib.study.runner notebooks/{notebook}.ipynb --profile {profile}"
+            )
+        found |= {name: lookup["text"] for name, lookup in store.read_json(path).items()}
+    return found
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as the reader sees it: rows of a CSV, and for each heading a format string over the row's columns."""
+
+    csv: str
+    columns: dict[str, str]
+    where: dict[str, str] = field(default_factory=dict)
+
+    def body(self, profile: str) -> list[list[str]]:
+        """The cells, row by row."""
+        return [
+            [render(template, row) for template in self.columns.values()] for row in rows(profile, self.csv, self.where)
+        ]
+
+
+_METHOD = {"Method": "{method}", "Runs": "{runs}"}
+_LOSS = {"NLL": "{nll:.3f}", "Interval": "[{low:.3f}, {high:.3f}]"}
+_QUALITY = {"Bits/byte": "{bits_per_byte:.3f}", "Accuracy": "{accuracy:.3f}", "ECE": "{ece:.3f}"}
+_CALIBRATED = {"Calibrated NLL": "{nll_calibrated:.3f}"}
+_SIZE = {"Parameters": "{parameters:si}", "Training FLOPs": "{flops:si}"}
+_DIFFERENCE = {
+    "A": "{a}",
+    "B": "{b}",
+    "Text": "{split}",
+    "A − B": "{difference:+.3f}",
+    "Interval": "[{low:+.3f}, {high:+.3f}]",
+    "p": "{p_value:.4f}",
+    "A is better": "{verdict}",
+}
+_CORPUS = {
+    "Split": "{split}",
+    "Domain": "{domain}",
+    "Sources": "{sources:,}",
+    "Documents": "{documents:,}",
+    "Bytes": "{bytes:si}",
+    "Tokens": "{tokens:si}",
+    "Licence": "{licence}",
+}
+_CALIBRATION = {
+    "Method": "{method}",
+    "Text": "{split}",
+    "Temperature": "{temperature:.3f}",
+    "ECE": "{ece:.3f} → {ece_calibrated:.3f}",
+    "Full ECE": "{full_ece:.3f} → {full_ece_calibrated:.3f}",
+    "NLL": "{nll:.3f} → {nll_calibrated:.3f}",
+}
+_COST = {
+    "What": "{what}",
+    "Runs": "{runs}",
+    "Tokens": "{tokens:si}",
+    "Tokens/s": "{tokens_per_second:si}",
+    "Seconds": "{seconds:,.0f}",
+    "Peak memory (B)": "{peak_memory_bytes:si}",
+    "FLOPs": "{flops:si}",
+    "Bytes/token": "{bytes_per_token:.1f}",
+}
+_VOCABULARY = {"Teacher": "{teacher}", "Vocabulary": "{vocabulary:,}", "Bits/byte": "{bits_per_byte:.3f}"}
+_TARGETS = {
+    "Targets": "{cell}",
+    "Runs": "{runs}",
+    "Tokens": "{tokens:si}",
+    "Bytes/token": "{bytes_per_token:.1f}",
+    "Format": "{format:.0f}",
+    "Ids/token": "{entries_per_token:.1f}",
+    "Angle, untrained": "{angle_initial:.1f}",
+    "Angle, trained": "{angle_trained:.1f}",
+    "KL to teacher": "{teacher_kl:.3f}",
+    "NLL": "{nll:.3f}",
+    "ECE": "{ece:.3f}",
+    "Near": "{near}",
+}
+_STUDENT = {"Student": "{cell}", "Runs": "{runs}", "Tokens": "{tokens:si}", "NLL": "{nll:.3f}"}
+_STUDENT_QUALITY = _CALIBRATED | {"ECE": "{ece:.3f}", "Accuracy": "{accuracy:.3f}"}
+_SPEED = {"Tokens/s": "{tokens_per_second:si}"}
+TABLES = {
+    "corpus": Table("corpus", _CORPUS),
+    "vocabulary": Table("vocabulary", _VOCABULARY),
+    "objectives": Table(
+        "objectives", _METHOD | {"Text": "{split}"} | _LOSS | {"Perplexity": "{perplexity:.1f}"} | _QUALITY
+    ),
+    "objectives_differences": Table("objectives_differences", _DIFFERENCE),
+    "methods": Table("methods", _METHOD | _LOSS | _QUALITY | _CALIBRATED | _SIZE, {"split": "test"}),
+    "methods_ood": Table("methods", _METHOD | _LOSS | _QUALITY | _CALIBRATED, {"split": "ood"}),
+    "methods_differences": Table("methods_differences", _DIFFERENCE),
+    "calibration": Table("calibration", _CALIBRATION),
+    "targets": Table("targets", _TARGETS),
+    "targets_differences": Table("targets_differences", _DIFFERENCE, {"split": "test"}),
+    "cost": Table("cost", _COST),
+    "kd_weight": Table(
+        "kd_weight", _STUDENT | {"Validation NLL": "{validation_nll:.3f}", "Chosen": "{chosen}"} | _STUDENT_QUALITY
+    ),
+    "losses": Table("losses", _STUDENT | _STUDENT_QUALITY | _SPEED),
+    "features": Table("features", _STUDENT | _STUDENT_QUALITY | {"Training FLOPs": "{flops:si}"} | _SPEED),
+    "initialisation": Table(
+        "initialisation",
+        _STUDENT | _STUDENT_QUALITY | {"Of the teacher's": "{share:.1%}", "Parameters": "{parameters:si}"},
+    ),
+    "data": Table("data", _STUDENT | {"Out of domain": "{ood_nll:.3f}"} | _STUDENT_QUALITY),
+}
+
+
+def findings(profile: str, stem: str) -> list[str]:
+    """The sentences of a table of differences about test text."""
+    return [row["sentence"] for row in rows(profile, stem, {"split": "test"})]
+
+
+_MARKS = {"→": r"$\to$", "−": "$-$", "–": "--", "≥": r"$\ge$", "≤": r"$\le$", "×": r"$\times$"}
+_MARKS |= {"α": r"$\alpha$", "β": r"$\beta$", "λ": r"$\lambda$", "ρ": r"$\rho$", "τ": r"$\tau$"}
+
+
+def latex(text: str) -> str:
+    """Plain text as LaTeX: special characters escaped, hyphens before digits as minus signs."""
+    text = re.sub(r"([&%$#_{}])", r"\\\1", text.replace("\\", r"\textbackslash "))
+    text = text.replace("~", r"\textasciitilde{}").replace("^", r"\textasciicircum{}")
+    text = re.sub(r"(?<![\w.])[-−](?=\d)", "$-$", text)
+    text = re.sub(r"(?<=\d) (?=[kMGTP]\b)", "~", text)
+    for mark, command in _MARKS.items():
+        text = text.replace(mark, command)
+    return text
+
+
+def latex_macros(values: dict[str, str]) -> str:
+    r"""Definitions behind ``\result{name}``; none for names that LaTeX could not read, such as a cell's with a %."""
+    named = {name: text for name, text in values.items() if not re.search(r"[\\{}%#&$~^]", name)}
+    return "".join(f"\\defineresult{{{name}}}{{{latex(text)}}}\n" for name, text in sorted(named.items()))
+
+
+def latex_table(table: Table, profile: str) -> str:
+    """A ``tabular`` with booktabs rules: numbers to the right, words to the left."""
+    body = table.body(profile)
+    aligned = "".join("r" if _is_number([row[i] for row in body]) else "l" for i in range(len(table.columns)))
+    heading, *lines = [" & ".join(map(latex, cells)) + r" \\" for cells in [table.columns, *body]]
+    ruled = [r"\toprule", heading, r"\midrule", *lines, r"\bottomrule"]
+    return "\n".join([rf"\begin{{tabular}}{{@{{}}{aligned}@{{}}}}", *ruled, r"\end{tabular}", ""])
+
+
+def _is_number(cells: Iterable[str]) -> bool:
+    return all(re.match(r"[\[+−-]*\d|–$", cell) for cell in cells)
+
+
+def markdown_table(headings: Iterable[str], body: Iterable[Iterable[str]]) -> str:
+    """A GitHub table; numbers to the right."""
+    headings, body = list(headings), [list(row) for row in body]
+    rule = ["---:" if body and _is_number([row[i] for row in body]) else "---" for i in range(len(headings))]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in [headings, rule, *body]
+    )
+
+
+def update_readme(profile: str = README_PROFILE) -> None:
+    """Redraw the generated parts of ``README.md``: results and figures of ``profile``, and the benchmark table."""
+    path = store.home() / "README.md"
+    text = _replace(path.read_text(encoding="utf-8"), "results", _results(profile))
+    path.write_text(
+        _replace(text, "benchmarks", _benchmarks(store.home() / "benchmarks" / "results.csv")), encoding="utf-8"
+    )
+
+
+def _replace(text: str, name: str, generated: str) -> str:
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise KdlibError(f"README.md must hold {begin} and {end} once each; what lies between them is generated.")
+    return f"{text[: text.index(begin)]}{begin}\n{generated}\n{text[text.index(end) :]}"
+
+
+def _results(profile: str) -> str:
+    if not (store.results(profile) / "numbers").is_dir():
+        return f"No results of the profile `{profile}` yet: `make paper PROFILE={profile}` fills this part in."
+    found, table = numbers(profile), TABLES["methods"]
+    setup = {name: found[f"setup/{name}/value"] for name in ("runs", "device", "epochs")}
+    about = (
+        f"Drawn from the {setup['runs']} runs of the profile `{profile}` on {setup['device']}: "
+        f"{found['setup/train_tokens/si']} tokens of training text, {setup['epochs']} epochs. Losses are nats per "
+        "token of test text, with bootstrap intervals over seeds and sources."
+    )
+    said = [f"- {sentence}" for stem in README_FINDINGS for sentence in findings(profile, stem)]
+    held = analyses(store.grids(profile)).values()
+    drawn = {stem for _, stems in held for stem in stems}
+    pictures = {
+        stem: f"![{alt}](figures/{profile}/{stem}.png)" for stem, alt in README_FIGURES.items() if stem in drawn
+    }
+    parts = [about, markdown_table(table.columns, table.body(profile)), "\n".join(said)]
+    parts += [pictures.pop("methods"), pictures.pop("objectives")]
+    return "\n\n".join([*parts, *_studies(profile), *pictures.values()])
+
+
+def _studies(profile: str) -> list[str]:
+    """What each grid found on test text: who is better or worse than its reference, and by how much."""
+    body, seeds = [], set()
+    for name in analyses(store.grids(profile)):
+        if name in GRIDS:
+            stem = ANALYSES[name][0][0]
+            found = rows(profile, f"{stem}_differences", {"split": "test"})
+            told = {verdict: [row for row in found if row["verdict"] == verdict] for verdict in ("yes", "no")}
+            cells = ["; ".join(f"{row['a']} ({float(row['difference']):+.2f})" for row in one) for one in told.values()]
+            undecided = len(found) - sum(map(len, told.values()))
+            seeds |= {row["runs"] for row in found}
+            lengths = sorted(rows(profile, stem, {}), key=lambda row: float(row["tokens"]))
+            tokens = dict.fromkeys(render("{tokens:si}", row) for row in (lengths[0], lengths[-1]))
+            study = [f"`{GRIDS[name]}`", " to ".join(tokens), found[0]["b"]]
+            body.append([*study, *(cell or "none" for cell in cells), str(undecided)])
+    if not body:
+        return []
+    about = (
+        f"Single students that differ in one respect ({' or '.join(sorted(seeds))} seeds each), against the reference of their "
+        "study: who has the lower and who the higher test loss by an adjusted interval (difference in nats per token). Tokens: "
+        "those that a student was trained on, repeated or not."
+    )
+    return [about, markdown_table(["Study", "Tokens", "Reference", "Better", "Worse", "Undecided"], body)]
+
+
+def _benchmarks(path: Path) -> str:
+    if not path.is_file():
+        return "Not measured yet: `benchmarks/results.csv` is missing."
+    with open(path, newline="", encoding="utf-8") as file:
+        measured = list(csv.DictReader(file))
+    body = [
+        [row["what"], row["target"], f"{row['measured']} {row['unit']} ({row['detail']})", row["device"]]
+        for row in measured
+    ]
+    return markdown_table(["What", "Target", "Measured", "Device"], body)

@@ -1,0 +1,163 @@
+"""What a profile's grids found: single students that differ in one respect, cell by cell.
+
+A *cell* is one such student, by the name that the profile gives it; its runs differ in their seeds alone. A cell is
+chosen by validation text, and told about by test text.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+from pandas.api.types import is_numeric_dtype
+
+from kdlib.analysis import comparison
+from kdlib.errors import KdlibError
+from kdlib.study import store
+
+ON_TEST = ("nll", "nll_calibrated", "ece", "accuracy")
+
+
+def students(profile: str, grid: str) -> pd.DataFrame:
+    """The students of a grid (any but ``targets``), a row each, cell by cell in the order of the profile.
+
+    Columns: cell, seed, validation_nll, ood_nll; of test text nll, nll_calibrated, ece, accuracy; parameters,
+    non_embedding; of its training tokens, seconds, tokens_per_second and flops (the student's passes, and those of a
+    teacher in the loop); target_flops: what the teacher computed for the targets that the run read, which all their
+    students share (0 where it read none); run. What a teacher computed to write text or to choose it is in neither.
+
+    Raises:
+        KdlibError: the results hold no such grid, or not all of its runs.
+    """
+    cells = store.cells(profile, grid).items()
+    return pd.DataFrame([{"cell": cell} | _measured(profile, run) for cell, found in cells for run in found])
+
+
+def _measured(profile: str, run: store.Run) -> dict:
+    settings, metrics = run.settings, run.metrics
+    text, training, size = metrics["evaluation"], metrics["training"], metrics["parameters"]
+    row = {"seed": settings["parameters"]["seed"], "validation_nll": text["validation"]["nll"]}
+    row |= {"ood_nll": text["ood"]["nll"]} | {name: text["test"][name] for name in ON_TEST}
+    row |= {"parameters": size["total"], "non_embedding": size["non_embedding"]}
+    row |= {name: training[name] for name in ("tokens", "seconds", "tokens_per_second")}
+    row["flops"] = training["flops"] + training.get("teacher_flops", 0)
+    return row | {"target_flops": _target_flops(profile, settings["inputs"]), "run": run}
+
+
+def _target_flops(profile: str, inputs: dict[str, str]) -> float:
+    if "targets" not in inputs:
+        return 0
+    targets = store.find(profile, inputs["targets"])
+    # Redrawn ones took nothing; the dense ones that they were drawn from took the teacher's pass.
+    dense = targets.settings["inputs"].get("dense")
+    return targets.metrics["flops"] + (store.find(profile, dense).metrics["flops"] if dense else 0)
+
+
+def target_runs(profile: str) -> pd.DataFrame:
+    """The grid ``targets``, a row a student: how its targets were kept, what they cost, how near it came.
+
+    Columns: cell, kind (of ``sampled``, ``importance`` where draws come from a proposal, ``stratified`` where they are), seed,
+    format (version of the files), bytes_per_token, entries_per_token, angle_initial, angle_trained (degrees), teacher_kl, of test
+    text nll, ece, full_ece, nll_calibrated, tokens (trained on), run (the student's).
+
+    Raises:
+        KdlibError: as :func:`students`.
+    """
+    rows = []
+    for cell, found in store.cells(profile, "targets").items():
+        for run in found:
+            inputs, metrics = run.settings["inputs"], run.metrics
+            targets = store.find(profile, inputs["targets"])
+            kept = targets.settings["parameters"]
+            ways = {"proposal": "importance", "stratified": "stratified"} if kept["kind"] == "sampled" else {}
+            kind = next((name for way, name in ways.items() if way in kept), kept["kind"])
+            row = {"cell": cell, "kind": kind, "seed": run.settings["parameters"]["seed"]}
+            row["format"] = targets.metrics.get("format", 2)  # version 3 was the first to be told
+            measured = ("bytes_per_token", "entries_per_token", "angle_initial", "angle_trained", "teacher_kl")
+            row |= {name: metrics[name] for name in measured} | metrics["test"]
+            student = store.find(profile, inputs["student"])
+            rows.append(row | {"tokens": student.metrics["training"]["tokens"], "run": student})
+    return pd.DataFrame(rows)
+
+
+def setting(table: pd.DataFrame, name: str, default: Any = None) -> list:
+    """A setting of every student; ``default`` for one that does not read it, or has it as students always have."""
+    return [run.settings["parameters"].get(name, default) for run in table.run]
+
+
+def teacher(profile: str, table: pd.DataFrame) -> store.Run:
+    """The teacher that the students of a grid learn from, or start from.
+
+    Raises:
+        KdlibError: they have none, or several.
+    """
+    found = set()
+    for run in table.run:
+        inputs = run.settings["inputs"]
+        if "targets" in inputs:
+            inputs = store.find(profile, inputs["targets"]).settings["inputs"] | inputs
+        found |= {inputs["teacher"]} if "teacher" in inputs else set()
+    if len(found) != 1:
+        raise KdlibError(
+            f"Students are compared with the one teacher that they share; those of {', '.join(table.cell.unique())} "
+            f"have {len(found)}. Give the grid one teacher."
+        )
+    return store.find(profile, found.pop())
+
+
+def speed_label(profile: str, table: pd.DataFrame) -> str:
+    """What to call the students' tokens a second: with the number of runs that shared the machine, if others did."""
+    shared = store.side_by_side(profile, table.run)
+    return "tokens/s" if shared < 1.5 else f"tokens/s, {shared:.0f} runs side by side"
+
+
+def means(table: pd.DataFrame) -> pd.DataFrame:
+    """Means over the seeds of :func:`students` or :func:`target_runs`, a row a cell, in the order of the grid.
+
+    ``runs`` counts them; ``seed_standard_error`` is that of the test NLL over seeds, NaN for one.
+    """
+    words = [name for name in table.columns if name != "run" and not is_numeric_dtype(table[name])]
+    grouped = table.drop(columns=["seed", "run"]).groupby(words, sort=False)
+    return grouped.mean().assign(runs=grouped.size(), seed_standard_error=grouped.nll.sem()).reset_index()
+
+
+def best(table: pd.DataFrame, cells: Iterable[str] | None = None) -> str:
+    """The cell with the lowest mean NLL on *validation* text, of those named or of all; test text has no say in it.
+
+    Raises:
+        KdlibError: none of them is in the table.
+    """
+    found = table if cells is None else table[table.cell.isin(list(cells))]
+    if found.empty:
+        raise KdlibError(
+            f"There is no student to choose: the grid holds {', '.join(table.cell.unique()) or 'none'}, and none of "
+            "them will do. Add the kind of students that this analysis chooses from to the profile's grid."
+        )
+    return found.groupby("cell", sort=False).validation_nll.mean().idxmin()
+
+
+def against(table: pd.DataFrame, reference: str) -> list[tuple[str, str]]:
+    """Every other cell with ``reference``, in the order of the grid: pairs for :func:`differences`."""
+    return [(cell, reference) for cell in table.cell.unique() if cell != reference]
+
+
+def differences(
+    table: pd.DataFrame, pairs: Sequence[tuple[str, str]], resamples: int, name: str = "student with {}"
+) -> pd.DataFrame:
+    """Pairs of cells as one family (Holm), see :func:`kdlib.analysis.comparison.differences`; columns a and b hold the cells.
+
+    Args:
+        name: what its sentences call the student of a cell.
+
+    Raises:
+        KdlibError: there is nothing to compare.
+    """
+    if not pairs:
+        raise KdlibError(
+            f"A study compares two cells or more; its grid holds {', '.join(table.cell.unique())}. Name a further one "
+            "in the profile."
+        )
+    found = {cell: list(group.run) for cell, group in table.groupby("cell", sort=False)}
+    family = [comparison.Pair(name.format(a), name.format(b), found[a], found[b], paired=False) for a, b in pairs]
+    told = comparison.differences(family, resamples)
+    cells = {name.format(cell): cell for cell in found}
+    return told.assign(a=told.a.map(cells), b=told.b.map(cells))

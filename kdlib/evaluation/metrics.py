@@ -1,0 +1,351 @@
+"""Evaluate a model, or K members under a pool, on splits: NLL, accuracy and calibration, per document and per
+position.
+
+The decoder runs over a split once and its hidden states are kept; all else is passes of the output layer over chunks
+of positions, so [positions, V] never exists. Log-probabilities are float32. Perplexity is exp(mean token NLL).
+Calibration is "pool first": one temperature, fitted to the pooled distribution on the calibration split, serves all
+splits.
+
+Reliability histograms have 15 equal-width bins, ((m−1)/15, m/15]. ``ece`` takes each position's top-1 probability
+(Guo et al., On Calibration of Modern Neural Networks, 2017). ``full_ece`` takes all (token, probability) pairs and is
+given *per position*, Σ_bins |Σ p − hits| / positions: V times the mean over pairs, which is near 0 for any model
+since almost all pairs lie in the first bin.
+"""
+
+import gc
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kdlib.data.corpus import Split, pack, rows
+from kdlib.ensemble.model import EnsembleForCausalLM
+from kdlib.ensemble.pooling import POOLS, label_ambiguity, log_probs, logit_ambiguity
+from kdlib.errors import KdlibError
+from kdlib.losses.logits import head_logits
+from kdlib.models import attention_mask, body, head
+from kdlib.study.progress import bar
+
+BINS = 15
+FIELDS = ("counts", "confidence_sums", "hits")  # of a reliability histogram
+CHUNK = 2**23  # log-probabilities held at once, all members together: 32 MiB of float32
+TEMPERATURES = (0.05, 20.0)  # range searched
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is stored of a model on its splits.
+
+    ``metrics``: evaluation, temperature, domains, reliability and, for a pool, pool. ``documents``: a row per
+    document with its summed ``nll`` (nats) and number of ``correct`` top-1 predictions. ``target_logprobs``: float16
+    [positions] a split, in split order.
+    """
+
+    metrics: dict[str, Any]
+    documents: pd.DataFrame
+    target_logprobs: dict[str, np.ndarray]
+
+
+def evaluate(
+    models: nn.Module | Sequence[nn.Module],
+    splits: Mapping[str, Split],
+    block_length: int,
+    pool: str | None = None,
+    temperature: float | None = None,
+    batch_size: int = 32,
+    autocast: torch.dtype | None = None,
+) -> Evaluation:
+    """Evaluate one model, or a list of members under ``pool`` ("probability" or "logit"), on every split.
+
+    An ``EnsembleForCausalLM`` stands for its members and its pool, uncalibrated. ``temperature``: None fits it on
+    ``splits["calibration"]``. ``batch_size``: rows of ``block_length`` positions in one forward pass. ``autocast``:
+    dtype of the matrix products, None for the models' own. Every module comes back in the mode (train or eval) it was
+    in. Raises KdlibError for several models without a pool, unlike vocabularies, a missing calibration split, an
+    empty split or a non-finite log-probability.
+    """
+    if isinstance(models, EnsembleForCausalLM):
+        models, pool = list(models.members), models.config.pool
+    members = [models] if isinstance(models, nn.Module) else list(models)
+    _refuse_unfit(members, splits, pool, temperature)
+    found = {}
+    try:
+        with torch.no_grad(), _evaluation_mode(members):
+            for name in sorted(splits, key=lambda name: name != "calibration"):  # first: it sets the temperature
+                split = splits[name]
+                index = pack(split.windows(block_length), block_length)
+                states = [hidden_states(member, split, index, batch_size, autocast) for member in members]
+                targets = torch.from_numpy(split.tokens[predicting_positions(split) + 1].astype(np.int64))
+                chunks = _Chunks(states, [head(member) for member in members], targets.to(states[0].device), pool)
+                if temperature is None:
+                    temperature = fit_temperature(lambda chunks=chunks: ((pooled, y) for _, pooled, y in chunks))
+                found[name] = _measure(name, chunks, temperature)
+                del states, chunks
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return _report(splits, found, temperature, pool)
+
+
+def predicting_positions(split: Split) -> np.ndarray:
+    """Flat positions that predict a token, in split order: all but the last of every document's stream."""
+    predicts = np.ones(len(split.tokens), dtype=bool)
+    predicts[split.offsets[1:] - 1] = False
+    return np.flatnonzero(predicts)
+
+
+def hidden_states(
+    model: nn.Module, split: Split, index: np.ndarray, batch_size: int, autocast: torch.dtype | None = None
+) -> Tensor:
+    """The decoder's last hidden state at every predicting position of a split, in split order: [positions, width].
+
+    ``index``: packed rows [rows, block_length] of flat positions (−1: padding) that hold every predicting position
+    once, else KdlibError. The dtype is ``autocast``, or the model's without it; the device is the model's.
+    """
+    positions = predicting_positions(split)
+    if not np.array_equal(np.sort(index[index >= 0]), positions):
+        raise KdlibError(
+            f"The packed rows must hold each of the {len(positions)} predicting positions of split {split.name!r} "
+            f"exactly once; they hold {np.count_nonzero(index >= 0)}. Pack all windows of this very split."
+        )
+    parameter = next(model.parameters())
+    dtype, device = autocast or parameter.dtype, parameter.device
+    decoder, states = body(model), None
+    for start in bar(range(0, len(index), batch_size), f"evaluating {split.name}"):
+        part = index[start : start + batch_size]
+        batch = {name: torch.from_numpy(values).to(device) for name, values in rows(split, part).items()}
+        mask = attention_mask(batch["segments"], dtype)
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            output = decoder(
+                input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=mask, use_cache=False
+            )
+        hidden = output.last_hidden_state[torch.from_numpy(part >= 0).to(device)].to(dtype)
+        if states is None:
+            states = hidden.new_empty(len(positions), hidden.shape[-1])
+        states[torch.from_numpy(np.searchsorted(positions, part[part >= 0])).to(device)] = hidden
+    return states
+
+
+@dataclass
+class _Chunks:
+    """Iterates over the positions in chunks: members' log-probabilities [K, c, V], pooled [c, V], target ids [c]."""
+
+    states: list[Tensor]
+    heads: list[tuple[Tensor, Tensor | None]]
+    targets: Tensor
+    pool: str | None
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        layers = [
+            (state, weight.to(state.dtype), bias) for state, (weight, bias) in zip(self.states, self.heads, strict=True)
+        ]
+        size = max(1, CHUNK // (len(layers) * len(layers[0][1])))
+        for start in range(0, len(self.targets), size):
+            part = slice(start, start + size)
+            members = torch.stack([log_probs(head_logits(state[part], *layer)) for state, *layer in layers])
+            yield members, members[0] if self.pool is None else POOLS[self.pool](members), self.targets[part]
+
+
+def fit_temperature(chunks: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> float:
+    """The temperature T in [0.05, 20] that minimises the NLL of softmax(log p/T).
+
+    ``chunks()`` gives (log-probabilities [c, V], target ids [c]) of all positions, anew for each pass. In β = 1/T the
+    NLL is convex with slope Σ (E_β[log p] − log p(y)) and curvature Σ Var_β[log p], so Newton steps, kept in a
+    bracket by bisection, converge in a handful of passes. (Temperature scaling: Guo et al. 2017, section 4.2.)
+    """
+    low, high, beta = 0.0, math.inf, 1.0
+    while True:
+        slope = curvature = 0.0
+        for scores, targets in chunks():
+            weighted = functional.softmax(beta * scores, dim=-1).mul_(scores)
+            mean, square = weighted.sum(dim=-1), torch.einsum("cv,cv->c", weighted, scores)
+            slope += (mean - _at(scores, targets)).sum(dtype=torch.float64).item()
+            curvature += (square - mean.square()).sum(dtype=torch.float64).item()
+        if not math.isfinite(slope):
+            raise KdlibError(
+                "A temperature can only be fitted to finite log-probabilities; found NaN or infinity. The model "
+                "has diverged, or overflowed in half precision: evaluate it in float32, or train it again with a "
+                "lower learning rate."
+            )
+        if slope == 0:
+            return 1 / beta
+        low, high = (low, beta) if slope > 0 else (beta, high)
+        newton = beta - slope / curvature if curvature > 0 else -math.copysign(math.inf, slope)
+        newton = min(max(newton, 1 / TEMPERATURES[1]), 1 / TEMPERATURES[0])
+        # Outside the bracket only if both its ends have been tried, or at an end of the range that was just tried.
+        proposal = newton if low < newton < high or newton == beta else math.sqrt(low * high)
+        if abs(proposal - beta) <= 1e-5 * beta:
+            return 1 / proposal
+        beta = proposal
+
+
+def _measure(name: str, chunks: _Chunks, temperature: float) -> dict[str, Any]:
+    """One pass over a split, raw and calibrated from the same log-probabilities: positions, histograms, pool means."""
+    device, n = chunks.targets.device, len(chunks.targets)
+    histograms = {
+        kind: {form: torch.zeros(3, BINS, dtype=torch.float64, device=device) for form in ("", "full_")}
+        for kind in ("raw", "calibrated")
+    }
+    parts = {"raw": [], "calibrated": [], "correct": []}
+    nll, ambiguity = (torch.zeros(size, dtype=torch.float64, device=device) for size in (len(chunks.states), 2))
+    for members, pooled, targets in chunks:
+        hit = pooled.argmax(dim=-1) == targets
+        parts["correct"].append(hit)
+        for kind, scores in (("raw", pooled), ("calibrated", log_probs(pooled / temperature))):
+            _count(histograms[kind][""], scores.amax(dim=-1).exp(), hit)
+            _count_pairs(histograms[kind]["full_"], scores, targets)
+            parts[kind].append(_at(scores, targets))
+        if chunks.pool is not None:
+            labels = members.gather(-1, targets.expand(len(members), -1)[..., None])[..., 0]
+            nll -= labels.sum(dim=-1, dtype=torch.float64)
+            gains = torch.stack([label_ambiguity(labels), logit_ambiguity(members)])
+            ambiguity += gains.sum(dim=-1, dtype=torch.float64)
+    arrays = {kind: torch.cat(values).cpu().numpy() for kind, values in parts.items()}
+    if not (np.isfinite(arrays["raw"]).all() and np.isfinite(arrays["calibrated"]).all()):
+        raise KdlibError(
+            f"Log-probabilities must be finite; found NaN or infinity on split {name!r}. The model has diverged, or "
+            "overflowed in half precision: evaluate it in float32, or train it again with a lower learning rate."
+        )
+    reliability = {
+        kind: {form + field: row.tolist() for form, h in forms.items() for field, row in zip(FIELDS, h, strict=True)}
+        for kind, forms in histograms.items()
+    }
+    pool = {
+        "member_nll_mean": nll.mean().item() / n,
+        "member_nll_best": nll.min().item() / n,
+        "ambiguity_probability": ambiguity[0].item() / n,
+        "ambiguity_logit": ambiguity[1].item() / n,
+    }
+    return {**arrays, "reliability": reliability, "pool": pool}
+
+
+def _at(scores: Tensor, targets: Tensor) -> Tensor:
+    return scores.gather(-1, targets[:, None])[:, 0]
+
+
+def _count(histogram: Tensor, p: Tensor, hit: Tensor) -> None:
+    """Add probabilities [n], and whether each came true, to a histogram: FIELDS x bins."""
+    # A product with the one-hot bins sums in a fixed order; bincount with weights does not on a GPU.
+    edges = torch.arange(1, BINS, dtype=p.dtype, device=p.device) / BINS
+    bins = functional.one_hot(torch.bucketize(p, edges), BINS).double()
+    histogram += torch.stack([torch.ones_like(p), p, hit.to(p)]).double() @ bins
+
+
+def _count_pairs(histogram: Tensor, scores: Tensor, targets: Tensor) -> None:
+    """The same for all pairs of log-probabilities [c, V]: at most 14 of a row lie above the first bin, which gets the
+    rest of the row's 1.
+    """
+    row, token = (scores > math.log(1 / BINS)).nonzero(as_tuple=True)
+    upper, hit = scores[row, token].exp(), targets[row] == token
+    _count(histogram, upper, hit)
+    histogram[0, 0] += scores.numel() - len(upper)
+    histogram[1, 0] += len(scores) - upper.sum(dtype=torch.float64)
+    histogram[2, 0] += len(scores) - hit.sum()
+
+
+def ece(counts: ArrayLike, confidence_sums: ArrayLike, hits: ArrayLike, total: float | None = None) -> float:
+    """Expected calibration error from a reliability histogram: Σ_bins |Σ confidence − hits| / ``total`` (Σ counts).
+
+    With top-1 confidences this is Σ n_b/n·|accuracy_b − confidence_b| (Guo et al., On Calibration of Modern Neural
+    Networks, 2017, equation 3). Over all (token, probability) pairs, give ``total`` = the number of *tokens* to get
+    the error per token.
+    """
+    total = np.asarray(counts).sum() if total is None else total
+    return float(np.abs(np.asarray(confidence_sums) - np.asarray(hits)).sum() / total)
+
+
+def _report(
+    splits: Mapping[str, Split], found: Mapping[str, dict[str, Any]], temperature: float, pool: str | None
+) -> Evaluation:
+    """Sums by document, domain and split, in the schema that teachers, students and ensembles share."""
+    tables = {name: _documents(name, split, found[name]) for name, split in splits.items()}
+    metrics: dict[str, Any] = {"evaluation": {}, "temperature": temperature, "domains": {}, "reliability": {}}
+    for name, table in tables.items():
+        means, bins = _means(table), found[name]["reliability"]
+        calibration = {"nll_calibrated": float(-found[name]["calibrated"].mean(dtype=np.float64))}
+        for kind, suffix in (("raw", ""), ("calibrated", "_calibrated")):
+            top, pairs = ([bins[kind][form + field] for field in FIELDS] for form in ("", "full_"))
+            calibration |= {f"ece{suffix}": ece(*top), f"full_ece{suffix}": ece(*pairs, total=means["tokens"])}
+        size = {"bytes": int(table["bytes"].sum()), "documents": len(table)}
+        metrics["evaluation"][name] = means | {"perplexity": float(np.exp(means["nll"]))} | size | calibration
+        metrics["domains"][name] = {domain: _means(part) for domain, part in table.groupby("domain", sort=True)}
+        metrics["reliability"][name] = bins
+    if pool is not None:
+        metrics["pool"] = {name: found[name]["pool"] for name in splits}
+    lowest = np.finfo(np.float16).min
+    target_logprobs = {name: np.maximum(found[name]["raw"], lowest).astype(np.float16) for name in splits}
+    return Evaluation(metrics, pd.concat(tables.values(), ignore_index=True), target_logprobs)
+
+
+def _documents(name: str, split: Split, found: Mapping[str, Any]) -> pd.DataFrame:
+    tokens = np.diff(split.offsets) - 1
+    document = np.repeat(np.arange(len(tokens)), tokens)
+    table = split.documents[["document", "source", "domain"]].reset_index(drop=True)
+    table.insert(0, "split", name)
+    return table.assign(
+        tokens=tokens,
+        bytes=split.documents["bytes"].to_numpy(),
+        nll=np.bincount(document, -found["raw"].astype(np.float64), minlength=len(tokens)),
+        correct=np.bincount(document, found["correct"], minlength=len(tokens)).astype(np.int64),
+    )
+
+
+def _means(documents: pd.DataFrame) -> dict[str, float | int]:
+    """Means over the tokens of some documents; bits per byte = Σ nll/(ln 2 · Σ bytes)."""
+    nll, tokens, size, correct = (documents[column].sum() for column in ("nll", "tokens", "bytes", "correct"))
+    return {
+        "nll": float(nll / tokens),
+        "bits_per_byte": float(nll / (math.log(2) * size)),
+        "accuracy": float(correct / tokens),
+        "tokens": int(tokens),
+    }
+
+
+@contextmanager
+def _evaluation_mode(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Evaluation mode inside; then every module gets its own flag back, also where models share modules."""
+    flags = {module: module.training for model in models for module in model.modules()}
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+def _refuse_unfit(
+    members: list[nn.Module], splits: Mapping[str, Split], pool: str | None, temperature: float | None
+) -> None:
+    if not members or pool not in (None, *POOLS) or (pool is None and len(members) > 1):
+        raise KdlibError(
+            f"An evaluation takes one model, or several under a pool, one of {sorted(POOLS)}; found {len(members)} "
+            f"models and pool {pool!r}. Name the pool, or evaluate the models one by one."
+        )
+    vocabularies = sorted({len(head(member)[0]) for member in members})
+    if len(vocabularies) > 1:
+        raise KdlibError(
+            f"Members of a pool must share one vocabulary; their output layers have {vocabularies} tokens. Use members "
+            "trained with one tokenizer."
+        )
+    if temperature is None and "calibration" not in splits:
+        raise KdlibError(
+            f"The temperature is fitted on the calibration split; found the splits {list(splits)}. Add it, or give "
+            "a temperature."
+        )
+    for name, split in splits.items():
+        if len(split.tokens) <= len(split.documents):
+            raise KdlibError(f"Split {name!r} is empty: no token to predict. Give it documents, or leave it out.")
+        if split.tokens.max() >= vocabularies[0]:
+            raise KdlibError(
+                f"Split {name!r} holds token {split.tokens.max()}, and the model knows {vocabularies[0]} tokens: "
+                "the text was tokenized with another vocabulary. Evaluate the model on the corpus it was made for."
+            )

@@ -1,0 +1,266 @@
+"""Profiles: complete studies, and the parameters that each gives its notebooks.
+
+A *profile* (``profiles/<name>.yaml``) is one complete study: what text, which teacher, how targets are kept, what students
+look like, and which runs make up the comparison. Each of its sections is exactly the parameter list of one producer
+notebook, so a notebook run with ``--profile quick`` and one run by hand with the same values are the same run.
+"""
+
+import difflib
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from kdlib.errors import KdlibError
+from kdlib.study.parameters import (
+    Adaptation,
+    AnalysisParameters,
+    CorpusParameters,
+    EnsembleParameters,
+    FidelityParameters,
+    Parameters,
+    Pool,
+    StudentParameters,
+    TargetParameters,
+    TeacherParameters,
+    TourParameters,
+)
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+# Settings of a student that an objective refuses.
+UNUSED = {
+    "ce": ("fresh_draws", "divergence", "divergence_options", "feature", "temperature_schedule"),
+    "kd": ("feature", "temperature_schedule"),
+    "online_kd": ("fresh_draws",),
+}
+GRIDS = ("targets", "weights", "losses", "features", "initialisation", "data")
+# Notebooks whose globals held parameters alone when they were first looked at in this process.
+_seen: set[str] = set()
+
+
+class Grid(BaseModel):
+    """A study of single students: cells that differ in the profile's student section, each with the same seeds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, description="one student a cell and seed")
+    base: dict[str, Any] = Field({}, description="what sets all of its students apart from the section")
+    students: dict[str, dict[str, Any]] = Field(
+        {}, description="name of a cell: what sets its students apart; others are compared with the first"
+    )
+    vary: dict[str, list[Any]] = Field({}, description="parameter: values; every combination is a further cell")
+
+    @model_validator(mode="after")
+    def _has_cells(self):
+        if not self.cells:
+            raise ValueError("a grid needs students, or parameters to vary")
+        return self
+
+    @property
+    def cells(self) -> dict[str, dict[str, Any]]:
+        """The settings of every cell, by its name."""
+        found = dict(self.students)
+        for values in product(*self.vary.values()) if self.vary else ():
+            changes = dict(zip(self.vary, values, strict=True))
+            found[", ".join(f"{name} {value}" for name, value in changes.items())] = changes
+        return {name: {**self.base, **changes} for name, changes in found.items()}
+
+
+class Study(BaseModel):
+    """Which runs make up the profile's comparison."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    teachers: list[Adaptation] = Field(min_length=1, description="teachers made and evaluated")
+    objectives: list[Literal["ce", "kd", "online_kd"]] = Field(min_length=1, description="objectives compared")
+    pools: list[Pool] = Field(min_length=1, description="ways of pooling compared")
+    members: int = Field(ge=1, description="members of one ensemble")
+    repeats: int = Field(
+        ge=1, description="independent ensembles of each kind; single models have members x repeats seeds"
+    )
+    grids: dict[Literal[GRIDS], Grid] = Field({}, description="further studies, each made when it is asked for by name")
+
+    @model_validator(mode="after")
+    def _paper_has_what_it_shows(self):
+        if not {"ce", "kd"} <= set(self.objectives) or "probability" not in self.pools:
+            raise ValueError(
+                "the paper compares students with and without a teacher, alone and pooled; expected objectives with ce and kd and "
+                f"pools with probability, found {self.objectives} and {self.pools}; add what is missing"
+            )
+        return self
+
+
+class Profile(BaseModel):
+    """One study: a section per producer notebook, and the comparison they are run for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    description: str
+    corpus: CorpusParameters
+    teacher: TeacherParameters
+    targets: TargetParameters
+    student: StudentParameters
+    fidelity: FidelityParameters
+    ensemble: EnsembleParameters
+    analysis: AnalysisParameters
+    study: Study
+
+    @model_validator(mode="after")
+    def _teachers_agree(self):
+        named = [self.teacher.adaptation, self.targets.teacher, self.student.teacher]
+        if len(set(named)) > 1 or named[0] not in self.study.teachers:
+            raise ValueError(
+                "teacher.adaptation, targets.teacher and student.teacher must name one teacher, the one that the study's students "
+                f"learn from, and study.teachers must hold it; found {', '.join(named)} and {self.study.teachers}; "
+                "write the same adaptation in all of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _students_share_what_they_read(self):
+        student, chosen = self.student, self.student.selection
+        refused = {
+            "fresh_draws": student.fresh_draws,
+            "targets of source dense": student.targets.get("source", self.targets.source) == "dense",
+            "selection by student_nll": chosen is not None and chosen.by == "student_nll",
+        }
+        if found := [name for name, asked in refused.items() if asked]:
+            raise ValueError(
+                "the tables of a comparison have one run of targets, and no student but those compared, while "
+                f"{' and '.join(found)} would add further ones; say so in a grid (study: grids), not in a profile's sections"
+            )
+        return self
+
+
+# Each notebook's parameter model and the profile section that fills it.
+NOTEBOOKS: dict[str, tuple[type[Parameters], str]] = {
+    "00_tour": (TourParameters, "tour"),
+    "01_corpus": (CorpusParameters, "corpus"),
+    "02_teacher": (TeacherParameters, "teacher"),
+    "03_targets": (TargetParameters, "targets"),
+    "04_student": (StudentParameters, "student"),
+    "05_ensemble": (EnsembleParameters, "ensemble"),
+    "06_fidelity": (FidelityParameters, "fidelity"),
+    "10_objectives": (AnalysisParameters, "analysis"),
+    "11_target_fidelity": (AnalysisParameters, "analysis"),
+    "12_methods": (AnalysisParameters, "analysis"),
+    "15_calibration": (AnalysisParameters, "analysis"),
+    "17_cost": (AnalysisParameters, "analysis"),
+    "21_kd_weight": (AnalysisParameters, "analysis"),
+    "22_losses": (AnalysisParameters, "analysis"),
+    "23_features": (AnalysisParameters, "analysis"),
+    "24_initialisation": (AnalysisParameters, "analysis"),
+    "25_data": (AnalysisParameters, "analysis"),
+}
+
+
+def available() -> list[str]:
+    """Names of the profiles that ship with the project."""
+    return sorted(path.stem for path in (REPOSITORY / "profiles").glob("*.yaml") if path.stem != "sources")
+
+
+def load(name: str) -> Profile:
+    """The profile called ``name`` (or in the .yaml file ``name``), checked.
+
+    Raises:
+        KdlibError: no such profile, another one's name, not YAML, or a section with an unknown name or a value out of range.
+    """
+    given = name.endswith((".yaml", ".yml"))
+    path = Path(name).resolve() if given else REPOSITORY / "profiles" / f"{name}.yaml"
+    if not (path.is_file() if given else name in available()):
+        raise KdlibError(
+            f"Unknown profile {name!r}. Expected one of {', '.join(available())}, or the path of a .yaml file."
+        )
+    if path.stem in available() and path.resolve() != (REPOSITORY / "profiles" / f"{path.stem}.yaml").resolve():
+        raise KdlibError(
+            f"Results are kept by a profile's name, and those of {path} would lie among those of the project's own {path.stem!r}. "
+            f"Expected none of {', '.join(available())}: give the file another name, and the name in it."
+        )
+    return _loaded(name, path, path.stat().st_mtime_ns)
+
+
+@lru_cache
+def _loaded(name: str, path: Path, modified: int) -> Profile:
+    # Planning a study asks for its profile once a run and parameter; `modified` has an edited file read again.
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise KdlibError(f"Profile {path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise KdlibError(f"Profile {path} must hold a mapping with the sections {', '.join(Profile.model_fields)}.")
+    for section in ("corpus", "teacher", "targets", "student", "fidelity", "ensemble", "analysis"):
+        if isinstance(values.get(section), dict):
+            values[section] = {"profile": name, **values[section]}
+    found = _validated(Profile, values, f"profile {name!r}")
+    if found.name != path.stem:
+        raise KdlibError(
+            f"Profile {path} calls itself {found.name!r}, but its results are kept under {path.stem!r}. Give both one name."
+        )
+    return found
+
+
+def parameters(notebook: str, profile: str, /, **changes: Any) -> Parameters:
+    """The checked parameters of ``notebook``: its section of ``profile`` with ``changes`` on top.
+
+    Where ``changes`` ask for another objective, what the section sets for its own and this one cannot use is left out.
+
+    Raises:
+        KdlibError: unknown notebook, profile or parameter, or a value out of range.
+    """
+    if notebook not in NOTEBOOKS:
+        raise KdlibError(f"Unknown notebook {notebook!r}. Expected one of {', '.join(NOTEBOOKS)}.")
+    model, section = NOTEBOOKS[notebook]
+    base = getattr(load(profile), section).model_dump() if section in Profile.model_fields else {"profile": profile}
+    _refuse_unknown(model, changes, notebook)
+    if model is StudentParameters:
+        unused = UNUSED.get(changes.get("objective"), ())
+        base = {name: value for name, value in base.items() if name not in unused}
+    return _validated(model, {**base, **changes}, f"notebook {notebook}")
+
+
+def from_notebook(notebook: str, namespace: dict[str, Any]) -> Parameters:
+    """The checked parameters found among a notebook's globals, called in the cell after the parameters cell.
+
+    papermill adds a misspelt parameter as a new global without complaint, so plain-valued globals that the notebook does
+    not declare are refused too. Once in a process: when its cells are run again, their own results are among the globals.
+    """
+    model, _ = NOTEBOOKS[notebook]
+    ours = {
+        name: value
+        for name, value in namespace.items()
+        if not name.startswith("_")
+        and name not in {"In", "Out"}
+        and (value is None or isinstance(value, str | bool | int | float | list | dict | tuple))
+    }
+    if notebook not in _seen:
+        _refuse_unknown(model, ours, notebook)
+        _seen.add(notebook)
+    declared = {name: value for name, value in ours.items() if name in model.model_fields}
+    checked = _validated(model, declared, f"notebook {notebook}")
+    load(checked.profile)
+    return checked
+
+
+def _refuse_unknown(model: type[BaseModel], values: dict, where: str) -> None:
+    for name in values:
+        if name not in model.model_fields:
+            close = difflib.get_close_matches(name, model.model_fields, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise KdlibError(f"Unknown parameter {name!r} of {where}.{hint} Allowed: {', '.join(model.model_fields)}.")
+
+
+def _validated(model: type[BaseModel], values: dict, where: str):
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems = []
+        for problem in error.errors():
+            place = ".".join(str(part) for part in problem["loc"]) or "settings"
+            # Our own validators say what they found; their input would be the whole section, or the whole profile.
+            found = "" if problem["type"] in ("missing", "value_error") else f" (found {problem['input']!r})"
+            problems.append(f"{place}: {problem['msg'].removeprefix('Value error, ')}{found}")
+        raise KdlibError(f"Bad {where}. " + "; ".join(problems) + ".") from None

@@ -1,0 +1,213 @@
+"""Runs one notebook with parameters, the way the pipeline and a person at a terminal both do.
+
+::
+
+    python -m kdlib.study.runner notebooks/04_student.ipynb --profile quick --set objective=kd --set seed=1
+    python -m kdlib.study.runner --list
+
+The profile's section for the notebook, with ``--set`` on top, is checked before anything is started. A run that exists
+already is not made again. The executed notebook is kept in ``results/<profile>/executed``, also one that failed.
+
+Exit status: 0 done; 1 the notebook failed; 2 the input was wrong; 130, 143 stopped by Ctrl-C or SIGTERM.
+"""
+
+import argparse
+import os
+import re
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kdlib.errors import KdlibError
+from kdlib.study import notebooks, profiles
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of ``python -m kdlib.study.runner``; returns the exit status."""
+    options = _options(arguments)
+    try:
+        if options.list:
+            print(listing())
+            return 0
+        return run(options.notebook, options.profile, changes(options.set), options.output)
+    except KdlibError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on from here.", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m kdlib.study.runner", description="Run one notebook with checked parameters.", allow_abbrev=False
+    )
+    parser.add_argument("notebook", nargs="?", help="path or name, as in notebooks/04_student.ipynb")
+    parser.add_argument("--profile", default="smoke", help="name, or path of a .yaml file (default: smoke)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="one parameter; the value is YAML; repeatable"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="where the executed notebook goes (default: results/<profile>/executed)"
+    )
+    parser.add_argument("--list", action="store_true", help="show every notebook's parameters, defaults and meaning")
+    options = parser.parse_args(arguments)
+    if not options.list and not options.notebook:
+        parser.error("name a notebook, as in notebooks/04_student.ipynb, or ask for --list")
+    return options
+
+
+def changes(assignments: list[str]) -> dict[str, Any]:
+    """``["seed=1", "seeds=[1, 2]"]`` as values.
+
+    Raises:
+        KdlibError: an assignment without a name, twice the same name, or a value that is not YAML.
+    """
+    values = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or not name.isidentifier():
+            raise KdlibError(f"Expected --set NAME=VALUE, found {assignment!r}. For example: --set seed=1")
+        if name == "profile":
+            raise KdlibError("The profile is chosen with --profile, not with --set.")
+        if name in values:
+            raise KdlibError(f"Parameter {name!r} is set twice. Keep one --set {name}=….")
+        try:
+            values[name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise KdlibError(f"The value in --set {assignment} is not YAML: {' '.join(str(error).split())}") from None
+    return values
+
+
+def listing() -> str:
+    """Every notebook's parameters with the default (the smoke profile's value) and the meaning of each."""
+    lines = []
+    for notebook, (model, _) in profiles.NOTEBOOKS.items():
+        defaults = profiles.parameters(notebook, "smoke").model_dump()
+        lines.append(f"{notebook}")
+        lines += [
+            f"  {name} = {defaults[name]!r}\n      {entry.description}" for name, entry in model.model_fields.items()
+        ]
+    return "\n".join(lines)
+
+
+def run(notebook: str, profile: str, values: dict[str, Any], output: Path | None = None) -> int:
+    """Run ``notebook`` with ``profile`` and ``values``; returns the exit status.
+
+    Raises:
+        KdlibError: notebook, profile or parameters are wrong; nothing was started.
+    """
+    name = Path(notebook).stem
+    if profile.endswith((".yaml", ".yml")):
+        profile = str(Path(profile).resolve())
+    checked = profiles.parameters(name, profile, **values)
+    path = notebooks.find(notebook)
+
+    from kdlib.study import plan, store  # after the checks: a mistyped parameter is answered before pandas is imported
+
+    title = name
+    if name in plan.NOTEBOOK.values():
+        step = plan.step(checked)
+        if found := store.find(profile, step.id):
+            print(f"{step.id} ({step.label}) exists: {found.path}")
+            return 0
+        title = f"{name}-{step.id.rsplit('-', 1)[1]}"
+    output = (output or store.results(profile) / "executed" / f"{title}.ipynb").resolve()
+    return execute(path, output, checked.model_dump(mode="json"))
+
+
+def execute(path: Path, output: Path, values: dict[str, Any]) -> int:
+    """Execute the notebook at ``path`` with papermill in a kernel of its own; returns the exit status."""
+    # The kernel inherits it: bars are drawn as text on a terminal, and not at all in the log of a batch job.
+    os.environ["KDLIB_TERMINAL" if sys.stderr.isatty() else "KDLIB_BATCH"] = "1"
+    # A thread that waits spins for some microseconds and then sleeps. If it spun on, as it does by default, it would take the
+    # core from those that it waits for wherever the machine does anything else; if it never spun, small steps would drag.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # Memory that is freed stays with the process, up to half a GiB: handed back to the system, each chunk of log-probabilities
+    # would be faulted in again page by page.
+    for threshold in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        os.environ.setdefault(threshold, str(2**29))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, _stop)
+    with _kernel(profiles.REPOSITORY) as kernel:
+        # Imported while the kernel starts in its own process. The grammar of internationalised addresses would take two
+        # seconds to compile, as long as all the rest, and checks nothing that a notebook holds.
+        sys.modules.setdefault("rfc3987_syntax", None)
+        from nbclient.exceptions import DeadKernelError
+        from papermill import PapermillExecutionError, execute_notebook
+
+        try:
+            execute_notebook(
+                path,
+                output,
+                values,
+                kernel_name="python3",
+                language="python",
+                cwd=profiles.REPOSITORY,
+                progress_bar=False,
+                stdout_file=sys.stdout,
+                stderr_file=sys.stderr,
+                km=kernel,
+            )
+        except PapermillExecutionError as error:
+            return _report(error, output)
+        except DeadKernelError:
+            print(
+                f"The kernel of {path.stem} died, most often for lack of memory. What it had done is in {output}.",
+                file=sys.stderr,
+            )
+            return 1
+    print(f"Executed notebook: {output}")
+    return 0
+
+
+def _report(error: Exception, output: Path) -> int:
+    if error.ename == KdlibError.__name__:
+        print(error.evalue, file=sys.stderr)
+        return 2
+    traceback = "\n".join(error.traceback)
+    if not sys.stderr.isatty():
+        traceback = re.sub(r"\x1b\[[0-9;]*m", "", traceback)
+    print(traceback, f"\nThe notebook as far as it got: {output}", sep="\n", file=sys.stderr)
+    return 1
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
+
+
+@contextmanager
+def _kernel(cwd: Path) -> Iterator[Any]:
+    """A kernel of this very interpreter, killed with all its processes on the way out.
+
+    It talks through sockets in a private folder: TCP ports that two starting kernels pick may collide. Its path
+    is kept short, since a socket's holds about 100 characters.
+    """
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_core.utils import run_sync
+
+    # No kernel folders: a "python3" that the user installed elsewhere is not this interpreter.
+    specs = KernelSpecManager(kernel_dirs=[])
+    with tempfile.TemporaryDirectory(
+        prefix="kdlib-", dir=None if len(tempfile.gettempdir()) < 60 else "/tmp"
+    ) as folder:
+        kernel = AsyncKernelManager(
+            kernel_name="python3", kernel_spec_manager=specs, transport="ipc", connection_file=f"{folder}/kernel.json"
+        )
+        try:
+            run_sync(kernel.start_kernel)(cwd=str(cwd))
+            yield kernel
+        finally:
+            if kernel.has_kernel:
+                run_sync(kernel.shutdown_kernel)(now=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
