@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from kdlib.analysis import comparison, statistics
-from kdlib.study import profiles, store
+from kdlib.study import design, profiles, store
 
 TEACHERS = {
     "frozen": "used as it was published, its vocabulary pruned",
@@ -33,11 +33,11 @@ def setup(profile: str, resamples: int) -> pd.DataFrame:
     distilled = trained[trained.objective == "kd"].run.iloc[0]
     student, inputs = distilled.settings["parameters"], distilled.settings["inputs"]
     targets = table.run[inputs["targets"]].settings["parameters"]
-    teachers = table[(table.kind == "teacher") & (table.adaptation == student["teacher"])]
-    teacher = teachers.run.iloc[0].settings["parameters"]
+    # Targets from outside have no teacher among the runs; what is told then is the profile's own.
+    taught = table.run[inputs["targets"]].settings["inputs"].get("teacher") or table.id[table.kind == "teacher"].iloc[-1]
+    teacher = table.run[taught].settings["parameters"]
     text = table.run[inputs["corpus"]]
-    ensembles = [run.settings["parameters"] for run in table[table.kind == "ensemble"].run]
-    groups = {tuple(one["seeds"]) for one in ensembles if one["student"]["objective"] == "kd"}
+    groups = {tuple(one["members"]) for one in store.entries(profile) if one["role"] == "ensemble" and one["objective"] == "kd"}
     parameters = distilled.metrics["parameters"]
     card = text.metrics["card"]
     read = ("kd_weight", "temperature", "architecture", "layers", "hidden_size", "epochs", "learning_rate")
@@ -47,6 +47,7 @@ def setup(profile: str, resamples: int) -> pd.DataFrame:
         "date": max(store.read_json(run.path / "provenance.json")["started"] for run in table.run)[:10],
         # A corpus is made where no model computes.
         "device": " and ".join(sorted({run.metrics["cost"]["device"] for run in table.run if run.kind != "corpus"})),
+        "precision": " and ".join(sorted({run.metrics["cost"].get("precision", "not recorded") for run in trained.run})),
         "side_by_side": f"{store.side_by_side(profile, trained.run):.0f}",
         "domains": _listed(list(text.settings["parameters"]["domains"])),
         "ood": text.settings["parameters"]["ood"],
@@ -58,7 +59,7 @@ def setup(profile: str, resamples: int) -> pd.DataFrame:
         "teacher": "a small model" if teacher["adaptation"] == "scratch" else teacher["source"],
         "adaptation": TEACHERS[teacher["adaptation"]],
         "targets": TARGETS[targets["kind"]].format(**targets) + (STRATIFIED if targets.get("stratified") else ""),
-        **{name: student.get(name, "on a schedule") for name in read},
+        **{name: "on a schedule" if isinstance(student[name], dict) else student[name] for name in read},
         "parameters": parameters["total"],
         "non_embedding": parameters["non_embedding"],
         "seeds": trained.seed.nunique(),
@@ -106,7 +107,7 @@ def vocabulary(profile: str) -> pd.DataFrame:
                 "bits_per_byte": whole["test"]["bits_per_byte"],
             }
             rows.append(unpruned)
-        pruned = {"teacher": comparison.TEACHERS[run.settings["parameters"]["adaptation"]], "vocabulary": size["size"]}
+        pruned = {"teacher": design.TEACHERS[run.settings["parameters"]["adaptation"]], "vocabulary": size["size"]}
         rows.append(pruned | {"bits_per_byte": metrics["evaluation"]["test"]["bits_per_byte"]})
     return pd.DataFrame(rows)
 
@@ -122,7 +123,7 @@ def cost(profile: str) -> pd.DataFrame:
     models = comparison.models(profile)
     rows = [_written(run) for run in _of_kind(profile, "targets")]
     for method, group in models[models.objective != "untrained"].groupby("method", sort=False):
-        work = pd.DataFrame([_work(row, models) for _, row in group.iterrows()]).mean()
+        work = pd.DataFrame([_work(row) for _, row in group.iterrows()]).mean()
         metrics = group.run.iloc[0].metrics
         size = {"parameters": metrics["parameters"]["total"], "non_embedding": metrics["parameters"]["non_embedding"]}
         nll = np.mean([run.metrics["evaluation"]["test"]["nll"] for run in group.run])
@@ -145,8 +146,8 @@ def _written(run: store.Run) -> dict:
     }
 
 
-def _work(row: pd.Series, models: pd.DataFrame) -> dict:
-    parts = [models.run[member] for member in row.members] or [row.run]
+def _work(row: pd.Series) -> dict:
+    parts = [row.run.beside(member) for member in row.members] or [row.run]
     training = [part.metrics["training"] for part in parts]
     names = ("tokens", "seconds", "flops")
     if None in training:

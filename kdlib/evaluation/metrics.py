@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -26,7 +26,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kdlib.data.corpus import Split, pack, rows
+from kdlib.data.corpus import Split, pack, predicting_positions, rows
 from kdlib.ensemble.model import EnsembleForCausalLM
 from kdlib.ensemble.pooling import POOLS, label_ambiguity, log_probs, logit_ambiguity
 from kdlib.errors import KdlibError
@@ -81,25 +81,16 @@ def evaluate(
             for name in sorted(splits, key=lambda name: name != "calibration"):  # first: it sets the temperature
                 split = splits[name]
                 index = pack(split.windows(block_length), block_length)
-                states = [hidden_states(member, split, index, batch_size, autocast) for member in members]
-                targets = torch.from_numpy(split.tokens[predicting_positions(split) + 1].astype(np.int64))
-                chunks = _Chunks(states, [head(member) for member in members], targets.to(states[0].device), pool)
+                chunks = _chunks(members, split, index, batch_size, autocast, pool)
                 if temperature is None:
                     temperature = fit_temperature(lambda chunks=chunks: ((pooled, y) for _, pooled, y in chunks))
                 found[name] = _measure(name, chunks, temperature)
-                del states, chunks
+                del chunks
     finally:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return _report(splits, found, temperature, pool)
-
-
-def predicting_positions(split: Split) -> np.ndarray:
-    """Flat positions that predict a token, in split order: all but the last of every document's stream."""
-    predicts = np.ones(len(split.tokens), dtype=bool)
-    predicts[split.offsets[1:] - 1] = False
-    return np.flatnonzero(predicts)
 
 
 def hidden_states(
@@ -132,6 +123,36 @@ def hidden_states(
             states = hidden.new_empty(len(positions), hidden.shape[-1])
         states[torch.from_numpy(np.searchsorted(positions, part[part >= 0])).to(device)] = hidden
     return states
+
+
+def position_scores(
+    model: nn.Module,
+    split: Split,
+    block_length: int,
+    measure: Literal["nll", "entropy"],
+    batch_size: int = 32,
+    autocast: torch.dtype | None = None,
+) -> np.ndarray:
+    """What a model or ensemble makes of every predicting position of a split, in split order: float32 [positions], nats.
+
+    Args:
+        measure: ``nll`` of the token that comes next, or ``entropy`` of the distribution over it.
+        batch_size, autocast: as for :func:`evaluate`.
+    """
+    pool = model.config.pool if isinstance(model, EnsembleForCausalLM) else None
+    members = list(model.members) if pool else [model]
+    _refuse_unfit(members, {split.name: split}, pool, 1.0)
+    with torch.no_grad(), _evaluation_mode(members):
+        index, found = pack(split.windows(block_length), block_length), []
+        for _, pooled, targets in _chunks(members, split, index, batch_size, autocast, pool):
+            found.append(-_at(pooled, targets) if measure == "nll" else -(pooled.exp() * pooled).sum(dim=-1))
+    return torch.cat(found).float().cpu().numpy()
+
+
+def _chunks(members: list[nn.Module], split: Split, index: np.ndarray, batch_size: int, autocast, pool) -> "_Chunks":
+    states = [hidden_states(member, split, index, batch_size, autocast) for member in members]
+    targets = torch.from_numpy(split.tokens[predicting_positions(split) + 1].astype(np.int64))
+    return _Chunks(states, [head(member) for member in members], targets.to(states[0].device), pool)
 
 
 @dataclass

@@ -9,6 +9,6 @@ alpha.
 """
 
 from kdlib.losses.fused import LossParts, linear_distillation_loss
-from kdlib.losses.targets import DenseTargets, SparseTargets
+from kdlib.losses.targets import DenseTargets, PooledTargets, SparseTargets
 
-__all__ = ["DenseTargets", "LossParts", "SparseTargets", "linear_distillation_loss"]
+__all__ = ["DenseTargets", "LossParts", "PooledTargets", "SparseTargets", "linear_distillation_loss"]

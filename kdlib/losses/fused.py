@@ -17,7 +17,7 @@ from kdlib.errors import KdlibError
 from kdlib.losses.divergences import DIVERGENCES, divergence_loss
 from kdlib.losses.logits import head_logits
 from kdlib.losses.reference import IGNORED
-from kdlib.losses.targets import DenseTargets, SparseTargets
+from kdlib.losses.targets import DenseTargets, PooledTargets, SparseTargets
 
 # Logits held at a time. On a CPU a chunk that fits the last-level cache is fastest; on a GPU a larger one would give back
 # the memory that chunks are there to save.
@@ -45,7 +45,7 @@ def linear_distillation_loss(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    targets: SparseTargets | DenseTargets | None = None,
+    targets: SparseTargets | DenseTargets | PooledTargets | None = None,
     kd_weight: float = 0.0,
     temperature: float = 1.0,
     normaliser: float | Tensor | None = None,
@@ -270,7 +270,7 @@ def _by_autograd(
     logits: Tensor, label: Tensor, targets, kd_weight: float, temperature: float, divergence: str, options: dict
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`_forward_kl`, for any divergence."""
-    if isinstance(targets, DenseTargets):
+    if isinstance(targets, DenseTargets | PooledTargets):
         targets = targets.logits()
     leaf = logits.clone().requires_grad_()
     with torch.enable_grad():
@@ -319,7 +319,7 @@ def _pull_sparse(
 
 
 def _pull_dense(
-    logits: Tensor, label: Tensor, targets: DenseTargets, temperature: float, step: float, shared: float, softmax_
+    logits: Tensor, label: Tensor, targets: DenseTargets | PooledTargets, temperature: float, step: float, shared: float, softmax_
 ) -> tuple[Tensor, Tensor]:
     """As :func:`_pull_sparse`, with the target the whole distribution t: (step + shared) * s - step * t."""
     log_t = torch.log_softmax(targets.logits().to(logits.dtype) / temperature, dim=-1)

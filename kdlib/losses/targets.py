@@ -1,9 +1,11 @@
 """What a student is pulled towards at each token: a sparse or a dense teacher distribution."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import log_softmax
 
 from kdlib.losses.logits import head_logits
 
@@ -72,3 +74,33 @@ class DenseTargets:
     def to(self, device: torch.device) -> "DenseTargets":
         """The same targets on ``device``."""
         return DenseTargets(*(None if x is None else x.to(device) for x in (self.hidden, self.weight, self.bias)))
+
+
+@dataclass(frozen=True)
+class PooledTargets:
+    """The distribution of an ensemble: its members' whole distributions, pooled chunk by chunk.
+
+    Attributes:
+        members: whole distributions [T] of each member.
+        pool: log-probabilities [K, T, V] of the members -> those of the pool [T, V].
+        temperature: of the pool itself, fitted after pooling; 1 for none.
+    """
+
+    members: tuple[DenseTargets, ...]
+    pool: Callable[[Tensor], Tensor]
+    temperature: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.members[0])
+
+    def __getitem__(self, rows) -> "PooledTargets":
+        return PooledTargets(tuple(one[rows] for one in self.members), self.pool, self.temperature)
+
+    def logits(self) -> Tensor:
+        """The pool's log-probabilities [T, V], which are logits of it, in float32 (float64 for float64 members)."""
+        members = [log_softmax(one.logits().to(torch.promote_types(one.hidden.dtype, torch.float32)), dim=-1) for one in self.members]
+        return self.pool(torch.stack(members)) / self.temperature
+
+    def to(self, device: torch.device) -> "PooledTargets":
+        """The same targets on ``device``."""
+        return PooledTargets(tuple(one.to(device) for one in self.members), self.pool, self.temperature)

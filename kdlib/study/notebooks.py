@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from kdlib.errors import KdlibError
-from kdlib.study.profiles import NOTEBOOKS, REPOSITORY
+from kdlib.study.profiles import REPOSITORY
+from kdlib.study.profiles import notebooks as known
 
 
 def find(name: str | Path) -> Path:
@@ -21,11 +22,8 @@ def find(name: str | Path) -> Path:
         KdlibError: no such file, or not a notebook of this project.
     """
     path = Path(name)
-    if path.stem not in NOTEBOOKS:
-        raise KdlibError(
-            f"Unknown notebook {str(name)!r}. "
-            f"Expected one of {', '.join(f'notebooks/{one}.ipynb' for one in NOTEBOOKS)}."
-        )
+    if path.stem not in known():
+        raise KdlibError(f"notebook must be one of {', '.join(f'notebooks/{one}.ipynb' for one in known())}, got {str(name)!r}.")
     for candidate in (path, REPOSITORY / "notebooks" / f"{path.stem}.ipynb"):
         if candidate.is_file():
             return candidate.resolve()

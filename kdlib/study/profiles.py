@@ -6,36 +6,21 @@ notebook, so a notebook run with ``--profile quick`` and one run by hand with th
 """
 
 import difflib
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from kdlib.errors import KdlibError
-from kdlib.study.parameters import (
-    Adaptation,
-    AnalysisParameters,
-    CorpusParameters,
-    EnsembleParameters,
-    FidelityParameters,
-    Parameters,
-    Pool,
-    StudentParameters,
-    TargetParameters,
-    TeacherParameters,
-    TourParameters,
-)
+from kdlib.study.kinds import kinds
+from kdlib.study.parameters import Adaptation, AnalysisParameters, Parameters, Pool, Seed, TourParameters
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# Settings of a student that an objective refuses.
-UNUSED = {
-    "ce": ("fresh_draws", "divergence", "divergence_options", "feature", "temperature_schedule"),
-    "kd": ("feature", "temperature_schedule"),
-    "online_kd": ("fresh_draws",),
-}
+ANALYSES = ("10_objectives", "11_target_fidelity", "12_methods", "15_calibration", "17_cost")
+ANALYSES += ("21_kd_weight", "22_losses", "23_features", "24_initialisation", "25_data")
 GRIDS = ("targets", "weights", "losses", "features", "initialisation", "data")
 # Notebooks whose globals held parameters alone when they were first looked at in this process.
 _seen: set[str] = set()
@@ -46,7 +31,7 @@ class Grid(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, description="one student a cell and seed")
+    seeds: list[Seed] = Field(min_length=1, description="one student a cell and seed")
     base: dict[str, Any] = Field({}, description="what sets all of its students apart from the section")
     students: dict[str, dict[str, Any]] = Field(
         {}, description="name of a cell: what sets its students apart; others are compared with the first"
@@ -81,6 +66,11 @@ class Study(BaseModel):
     repeats: int = Field(
         ge=1, description="independent ensembles of each kind; single models have members x repeats seeds"
     )
+    methods: dict[str, dict[str, Any]] = Field(
+        {},
+        description="further ways to form an ensemble: the name in tables, and options of the method of that name, or of another "
+        "as in {method: bagging, share: 0.6}",
+    )
     grids: dict[Literal[GRIDS], Grid] = Field({}, description="further studies, each made when it is asked for by name")
 
     @model_validator(mode="after")
@@ -94,68 +84,53 @@ class Study(BaseModel):
 
 
 class Profile(BaseModel):
-    """One study: a section per producer notebook, and the comparison they are run for."""
+    """One study: a section per kind of run, and the comparison they are made for."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     description: str
-    corpus: CorpusParameters
-    teacher: TeacherParameters
-    targets: TargetParameters
-    student: StudentParameters
-    fidelity: FidelityParameters
-    ensemble: EnsembleParameters
     analysis: AnalysisParameters
     study: Study
 
     @model_validator(mode="after")
     def _teachers_agree(self):
         named = [self.teacher.adaptation, self.targets.teacher, self.student.teacher]
-        if len(set(named)) > 1 or named[0] not in self.study.teachers:
+        taught = {one for one in named if isinstance(one, str) and one in get_args(Adaptation)}
+        if len(taught) > 1 or not taught <= set(self.study.teachers):
             raise ValueError(
-                "teacher.adaptation, targets.teacher and student.teacher must name one teacher, the one that the study's students "
-                f"learn from, and study.teachers must hold it; found {', '.join(named)} and {self.study.teachers}; "
-                "write the same adaptation in all of them"
+                "teacher.adaptation, targets.teacher and student.teacher must name one teacher that study.teachers holds, got "
+                f"{', '.join(map(str, named))} and {self.study.teachers}; write the same adaptation in all of them"
             )
         return self
 
     @model_validator(mode="after")
     def _students_share_what_they_read(self):
-        student, chosen = self.student, self.student.selection
-        refused = {
-            "fresh_draws": student.fresh_draws,
-            "targets of source dense": student.targets.get("source", self.targets.source) == "dense",
-            "selection by student_nll": chosen is not None and chosen.by == "student_nll",
-        }
-        if found := [name for name, asked in refused.items() if asked]:
+        dense = self.student.targets.get("source", self.targets.source) == "dense"
+        if self.student.fresh_draws or dense:
             raise ValueError(
-                "the tables of a comparison have one run of targets, and no student but those compared, while "
-                f"{' and '.join(found)} would add further ones; say so in a grid (study: grids), not in a profile's sections"
+                "students of a comparison must share one run of targets, got fresh_draws or targets of source dense; say so in a "
+                "grid (study: grids), not in a profile's sections"
             )
         return self
 
 
-# Each notebook's parameter model and the profile section that fills it.
-NOTEBOOKS: dict[str, tuple[type[Parameters], str]] = {
-    "00_tour": (TourParameters, "tour"),
-    "01_corpus": (CorpusParameters, "corpus"),
-    "02_teacher": (TeacherParameters, "teacher"),
-    "03_targets": (TargetParameters, "targets"),
-    "04_student": (StudentParameters, "student"),
-    "05_ensemble": (EnsembleParameters, "ensemble"),
-    "06_fidelity": (FidelityParameters, "fidelity"),
-    "10_objectives": (AnalysisParameters, "analysis"),
-    "11_target_fidelity": (AnalysisParameters, "analysis"),
-    "12_methods": (AnalysisParameters, "analysis"),
-    "15_calibration": (AnalysisParameters, "analysis"),
-    "17_cost": (AnalysisParameters, "analysis"),
-    "21_kd_weight": (AnalysisParameters, "analysis"),
-    "22_losses": (AnalysisParameters, "analysis"),
-    "23_features": (AnalysisParameters, "analysis"),
-    "24_initialisation": (AnalysisParameters, "analysis"),
-    "25_data": (AnalysisParameters, "analysis"),
-}
+@cache
+def profile_model() -> type[Profile]:
+    """:class:`Profile` with a section for each kind of run; one whose parameters all have defaults may be left out."""
+    sections: dict[str, Any] = {}
+    for name, kind in kinds().items():
+        needed = any(entry.is_required() for field, entry in kind.Parameters.model_fields.items() if field != "profile")
+        sections[name] = (kind.Parameters, ...) if needed else (kind.Parameters | None, None)
+    return create_model("Profile", __base__=Profile, **sections)
+
+
+@cache
+def notebooks() -> dict[str, tuple[type[Parameters], str]]:
+    """Each notebook's parameters and the profile section that fills them, in the order of their numbers."""
+    found = {kind.NOTEBOOK: (kind.Parameters, name) for name, kind in kinds().items()}
+    found |= {"00_tour": (TourParameters, "tour")} | dict.fromkeys(ANALYSES, (AnalysisParameters, "analysis"))
+    return dict(sorted(found.items()))
 
 
 def available() -> list[str]:
@@ -187,15 +162,15 @@ def load(name: str) -> Profile:
 def _loaded(name: str, path: Path, modified: int) -> Profile:
     # Planning a study asks for its profile once a run and parameter; `modified` has an edited file read again.
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise KdlibError(f"Profile {path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
-        raise KdlibError(f"Profile {path} must hold a mapping with the sections {', '.join(Profile.model_fields)}.")
-    for section in ("corpus", "teacher", "targets", "student", "fidelity", "ensemble", "analysis"):
+        raise KdlibError(f"Profile {path} must hold a mapping of the sections {', '.join(profile_model().model_fields)}.")
+    for section in (*kinds(), "analysis"):
         if isinstance(values.get(section), dict):
             values[section] = {"profile": name, **values[section]}
-    found = _validated(Profile, values, f"profile {name!r}")
+    found = _validated(profile_model(), values, f"profile {name!r}")
     if found.name != path.stem:
         raise KdlibError(
             f"Profile {path} calls itself {found.name!r}, but its results are kept under {path.stem!r}. Give both one name."
@@ -211,15 +186,13 @@ def parameters(notebook: str, profile: str, /, **changes: Any) -> Parameters:
     Raises:
         KdlibError: unknown notebook, profile or parameter, or a value out of range.
     """
-    if notebook not in NOTEBOOKS:
-        raise KdlibError(f"Unknown notebook {notebook!r}. Expected one of {', '.join(NOTEBOOKS)}.")
-    model, section = NOTEBOOKS[notebook]
-    base = getattr(load(profile), section).model_dump() if section in Profile.model_fields else {"profile": profile}
+    if notebook not in notebooks():
+        raise KdlibError(f"notebook must be one of {', '.join(notebooks())}, got {notebook!r}.")
+    model, section = notebooks()[notebook]
+    base = getattr(load(profile), section, None)
     _refuse_unknown(model, changes, notebook)
-    if model is StudentParameters:
-        unused = UNUSED.get(changes.get("objective"), ())
-        base = {name: value for name, value in base.items() if name not in unused}
-    return _validated(model, {**base, **changes}, f"notebook {notebook}")
+    values = {"profile": profile} if base is None else model.usable(base.model_dump(), changes)
+    return _validated(model, {**values, **changes}, f"notebook {notebook}")
 
 
 def from_notebook(notebook: str, namespace: dict[str, Any]) -> Parameters:
@@ -228,7 +201,7 @@ def from_notebook(notebook: str, namespace: dict[str, Any]) -> Parameters:
     papermill adds a misspelt parameter as a new global without complaint, so plain-valued globals that the notebook does
     not declare are refused too. Once in a process: when its cells are run again, their own results are among the globals.
     """
-    model, _ = NOTEBOOKS[notebook]
+    model, _ = notebooks()[notebook]
     ours = {
         name: value
         for name, value in namespace.items()
@@ -259,7 +232,8 @@ def _validated(model: type[BaseModel], values: dict, where: str):
     except ValidationError as error:
         problems = []
         for problem in error.errors():
-            place = ".".join(str(part) for part in problem["loc"]) or "settings"
+            # Of a number that may be a schedule, pydantic also names which of the two it was taken for.
+            place = ".".join(str(part) for part in problem["loc"] if part not in ("number", "schedule")) or "settings"
             # Our own validators say what they found; their input would be the whole section, or the whole profile.
             found = "" if problem["type"] in ("missing", "value_error") else f" (found {problem['input']!r})"
             problems.append(f"{place}: {problem['msg'].removeprefix('Value error, ')}{found}")

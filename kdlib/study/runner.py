@@ -1,17 +1,9 @@
 """Runs one notebook with parameters, the way the pipeline and a person at a terminal both do.
 
-::
-
-    python -m kdlib.study.runner notebooks/04_student.ipynb --profile quick --set objective=kd --set seed=1
-    python -m kdlib.study.runner --list
-
-The profile's section for the notebook, with ``--set`` on top, is checked before anything is started. A run that exists
-already is not made again. The executed notebook is kept in ``results/<profile>/executed``, also one that failed.
-
-Exit status: 0 done; 1 the notebook failed; 2 the input was wrong; 130, 143 stopped by Ctrl-C or SIGTERM.
+The profile's section for the notebook, with the given values on top, is checked before anything is started. A run that
+exists already is not made again. The executed notebook is kept in ``results/<profile>/executed``, also one that failed.
 """
 
-import argparse
 import os
 import re
 import signal
@@ -26,75 +18,34 @@ import yaml
 
 from kdlib.errors import KdlibError
 from kdlib.study import notebooks, profiles
+from kdlib.study.kinds import kinds, of_notebook
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Entry point of ``python -m kdlib.study.runner``; returns the exit status."""
-    options = _options(arguments)
-    try:
-        if options.list:
-            print(listing())
-            return 0
-        return run(options.notebook, options.profile, changes(options.set), options.output)
-    except KdlibError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Stopped. The same command goes on from here.", file=sys.stderr)
-        return 128 + signal.SIGINT
-
-
-def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m kdlib.study.runner", description="Run one notebook with checked parameters.", allow_abbrev=False
-    )
-    parser.add_argument("notebook", nargs="?", help="path or name, as in notebooks/04_student.ipynb")
-    parser.add_argument("--profile", default="smoke", help="name, or path of a .yaml file (default: smoke)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="one parameter; the value is YAML; repeatable"
-    )
-    parser.add_argument(
-        "--output", type=Path, help="where the executed notebook goes (default: results/<profile>/executed)"
-    )
-    parser.add_argument("--list", action="store_true", help="show every notebook's parameters, defaults and meaning")
-    options = parser.parse_args(arguments)
-    if not options.list and not options.notebook:
-        parser.error("name a notebook, as in notebooks/04_student.ipynb, or ask for --list")
-    return options
-
-
-def changes(assignments: list[str]) -> dict[str, Any]:
+def assignments(given: list[str]) -> dict[str, Any]:
     """``["seed=1", "seeds=[1, 2]"]`` as values.
 
     Raises:
         KdlibError: an assignment without a name, twice the same name, or a value that is not YAML.
     """
     values = {}
-    for assignment in assignments:
+    for assignment in given:
         name, equals, text = assignment.partition("=")
         if not equals or not name.isidentifier():
-            raise KdlibError(f"Expected --set NAME=VALUE, found {assignment!r}. For example: --set seed=1")
+            raise KdlibError(f"--set must be NAME=VALUE, as in --set seed=1, got {assignment!r}.")
         if name == "profile":
-            raise KdlibError("The profile is chosen with --profile, not with --set.")
+            raise KdlibError("The profile must be chosen with --profile, not with --set.")
         if name in values:
-            raise KdlibError(f"Parameter {name!r} is set twice. Keep one --set {name}=….")
+            raise KdlibError(f"Parameter {name!r} must be set once, got it twice. Keep one --set {name}=….")
         try:
             values[name] = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise KdlibError(f"The value in --set {assignment} is not YAML: {' '.join(str(error).split())}") from None
+            raise KdlibError(f"The value in --set {assignment} must be YAML: {' '.join(str(error).split())}") from None
     return values
 
 
-def listing() -> str:
-    """Every notebook's parameters with the default (the smoke profile's value) and the meaning of each."""
-    lines = []
-    for notebook, (model, _) in profiles.NOTEBOOKS.items():
-        defaults = profiles.parameters(notebook, "smoke").model_dump()
-        lines.append(f"{notebook}")
-        lines += [
-            f"  {name} = {defaults[name]!r}\n      {entry.description}" for name, entry in model.model_fields.items()
-        ]
-    return "\n".join(lines)
+def whole_profile(profile: str) -> str:
+    """A profile's name, or its path from any working folder: the kernel's is another."""
+    return str(Path(profile).resolve()) if profile.endswith((".yaml", ".yml")) else profile
 
 
 def run(notebook: str, profile: str, values: dict[str, Any], output: Path | None = None) -> int:
@@ -103,23 +54,41 @@ def run(notebook: str, profile: str, values: dict[str, Any], output: Path | None
     Raises:
         KdlibError: notebook, profile or parameters are wrong; nothing was started.
     """
-    name = Path(notebook).stem
-    if profile.endswith((".yaml", ".yml")):
-        profile = str(Path(profile).resolve())
+    name, profile = Path(notebook).stem, whole_profile(profile)
     checked = profiles.parameters(name, profile, **values)
     path = notebooks.find(notebook)
+    from kdlib.study import plan, store  # after the checks: a mistyped parameter is answered at once
 
-    from kdlib.study import plan, store  # after the checks: a mistyped parameter is answered before pandas is imported
-
-    title = name
-    if name in plan.NOTEBOOK.values():
+    if of_notebook(name):
         step = plan.step(checked)
         if found := store.find(profile, step.id):
             print(f"{step.id} ({step.label}) exists: {found.path}")
             return 0
-        title = f"{name}-{step.id.rsplit('-', 1)[1]}"
-    output = (output or store.results(profile) / "executed" / f"{title}.ipynb").resolve()
-    return execute(path, output, checked.model_dump(mode="json"))
+        name = f"{name}-{step.id.rsplit('-', 1)[1]}"
+    output = output or store.results(profile) / "executed" / f"{name}.ipynb"
+    return execute(path, output.resolve(), checked.model_dump(mode="json"))
+
+
+def run_step(step, with_artefact: bool = False) -> int:
+    """Make a planned run in its notebook, unless it exists; returns the exit status.
+
+    Args:
+        with_artefact: what later runs read of a run whose results exist is made too, without a notebook.
+    """
+    from kdlib.study import store
+
+    profile = step.parameters.profile
+    if found := store.find(profile, step.id):
+        if with_artefact and not store.find(profile, step.id, with_artefact=True):
+            from importlib import import_module
+
+            import_module("kdlib.runs.make").make(step, with_artefact=True)
+        else:
+            print(f"{step.id} ({step.label}) exists: {found.path}")
+        return 0
+    notebook = kinds()[step.kind].NOTEBOOK
+    output = store.results(profile) / "executed" / f"{notebook}-{step.id.rsplit('-', 1)[1]}.ipynb"
+    return execute(notebooks.find(notebook), output.resolve(), step.parameters.model_dump(mode="json"))
 
 
 def execute(path: Path, output: Path, values: dict[str, Any]) -> int:
@@ -207,7 +176,3 @@ def _kernel(cwd: Path) -> Iterator[Any]:
         finally:
             if kernel.has_kernel:
                 run_sync(kernel.shutdown_kernel)(now=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from kdlib.errors import KdlibError
 
@@ -69,6 +69,12 @@ class Schedule(BaseModel):
         # Rounding must not carry a weight beyond its limits.
         low, high = sorted((self.start, self.end))
         return min(max((1 - share) * self.start + share * self.end, low), high)
+
+
+def scheduled(number: Any) -> Any:
+    """The type of a setting that is a number, of type ``number``, or a :class:`Schedule`."""
+    either = Annotated[number, Tag("number")] | Annotated[Schedule, Tag("schedule")]
+    return Annotated[either, Discriminator(lambda value: "schedule" if isinstance(value, dict | Schedule) else "number")]
 
 
 def as_schedule(value: float | Schedule) -> Schedule:

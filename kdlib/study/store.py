@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -19,15 +20,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from kdlib.errors import KdlibError
+from kdlib.study.kinds import kinds
 from kdlib.study.profiles import REPOSITORY
 
-# What later runs read of a run. It is large and not committed, so that a clone holds the results of runs alone.
-ARTEFACTS = {"corpus": "data", "teacher": "model", "targets": "targets", "student": "model", "ensemble": "model"}
+if TYPE_CHECKING:
+    import pandas as pd
+
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "numpy", "pandas", "scipy")
 
 
@@ -60,13 +61,18 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """corpus, teacher, targets, student, ensemble or fidelity."""
+        """A module of :mod:`kdlib.runs`, such as student."""
         return self.id.rsplit("-", 1)[0]
 
     @property
     def artefact(self) -> Path | None:
-        """What later runs read of it: data, targets or a model. None for a fidelity, which nothing reads."""
-        return self.path / ARTEFACTS[self.kind] if self.kind in ARTEFACTS else None
+        """What later runs read of it, which is large and not committed: a clone holds results alone. None if nothing is read."""
+        leaves = kinds()[self.kind].LEAVES
+        return self.path / leaves if leaves else None
+
+    def beside(self, run_id: str) -> "Run":
+        """Another run of the same results."""
+        return Run(self.path.with_name(run_id))
 
     @property
     def settings(self) -> dict:
@@ -86,7 +92,7 @@ def read_json(path: Path) -> dict:
         KdlibError: the file is missing or damaged.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise KdlibError(
             f"Run file {path} cannot be read ({error}). Delete the folder {path.parent} to have the run made again."
@@ -96,7 +102,7 @@ def read_json(path: Path) -> dict:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all; NaN and infinity are refused."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    temporary.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -116,7 +122,10 @@ def make(
         settings: what ``run_id`` is a hash of; kept in the run.
         produce: called with the working folder, which holds what an interrupted attempt left; returns the metrics.
         with_artefact: a run that holds its results alone is produced again for what later runs read of it; the results that
-            are there stay.
+            are there stay, and how near the new ones come is recorded in ``again.json``.
+
+    Raises:
+        KdlibError: results that were made again are not those that are there, beyond :func:`tolerance`.
     """
     if found := find(profile, run_id, with_artefact):
         return found
@@ -129,7 +138,8 @@ def make(
         started = time.time()
         metrics = produce(work)
         target = Run(results(profile) / "runs" / run_id)
-        if find(profile, run_id):
+        if there := find(profile, run_id):
+            _record_again(there, metrics, started)
             os.replace(work / target.artefact.name, target.artefact)
             shutil.rmtree(work)
             return target
@@ -141,6 +151,46 @@ def make(
         target.path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(work, target.path)
     return target
+
+
+def tolerance(old: str, new: str) -> float:
+    """How far apart two evaluations of one run may lie, nats a token, made on these devices.
+
+    The same kind of processor rounds differently from model to model, which a few thousand steps of training amplify;
+    another kind (a GPU, another precision) may end as far off as another seed.
+    """
+    kinds_of = {bool(re.search("NVIDIA|AMD Instinct|CUDA", device)) for device in (old, new)}
+    return 0.02 if len(kinds_of) == 1 else 0.15
+
+
+def disagreements(old: dict, new: dict) -> tuple[float, list[str]]:
+    """The largest difference of NLL between two evaluations of one run, and in words each difference beyond tolerance.
+
+    Counts of tokens, documents and parameters must be equal.
+    """
+    allowed = tolerance(old["cost"]["device"], new["cost"]["device"])
+    largest, told = 0.0, []
+    for split, before in old.get("evaluation", {}).items():
+        gap = abs(before["nll"] - new["evaluation"][split]["nll"])
+        largest = max(largest, gap)
+        if gap > allowed or before["tokens"] != new["evaluation"][split]["tokens"]:
+            told.append(f"{split}: {before['nll']:.4f} nats on {before['tokens']} tokens, now {new['evaluation'][split]['nll']:.4f}")
+    for name in ("card", "vocabulary", "parameters", "tokens"):
+        if name in old and old[name] != new[name]:
+            told.append(f"{name}: {old[name]}, now {new[name]}")
+    return largest, told
+
+
+def _record_again(run: Run, metrics: dict, started: float) -> None:
+    largest, told = disagreements(run.metrics, metrics)
+    if told:
+        raise KdlibError(
+            f"{run.id} was made again and must agree with its results, got {'; '.join(told)[:600]}. If the old ones are wrong, delete {run.path}."
+        )
+    about = provenance(started)
+    record = {name: about[name] for name in ("commit", "dirty", "started", "device")} | {"largest_difference": largest}
+    before = read_json(run.path / "again.json") if (run.path / "again.json").is_file() else {"times": []}
+    write_json(run.path / "again.json", {"times": [*before["times"], record]})
 
 
 @contextmanager
@@ -162,12 +212,11 @@ def _locked(work: Path):
 
 def provenance(started: float) -> dict:
     """Where, when and with what a run was made: for the reader, not for the id."""
-    commit = _git("rev-parse", "HEAD") or None
+    commit = _git("rev-parse", "HEAD") or exported_commit()
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", "kdlib", "notebooks", "profiles")
     return {
         "commit": commit,
-        # A copy without its history can say neither.
-        "dirty": None if commit is None else bool(changed),
+        "dirty": bool(changed),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "seconds": round(time.time() - started, 1),
         "python": platform.python_version(),
@@ -175,6 +224,21 @@ def provenance(started: float) -> dict:
         "lock_sha256": hashlib.sha256((REPOSITORY / "requirements.lock").read_bytes()).hexdigest(),
         "device": device(),
     }
+
+
+def exported_commit() -> str:
+    """The commit that a tree without git history was exported from: git writes it into ``.git_archival.txt`` then.
+
+    Raises:
+        KdlibError: it holds none, so a run could not say what code made it.
+    """
+    found = (REPOSITORY / ".git_archival.txt").read_text(encoding="utf-8").partition("commit: ")[2].strip()
+    if re.fullmatch("[0-9a-f]{40}", found):
+        return found
+    raise KdlibError(
+        f"Runs must say which commit made them, got a copy of the code without any in {REPOSITORY}. Use a git clone, or a copy "
+        "exported with: git archive HEAD"
+    )
 
 
 def side_by_side(profile: str, made: Iterable[Run]) -> float:
@@ -210,7 +274,7 @@ def device() -> str:
 
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
@@ -230,18 +294,32 @@ def grids(profile: str) -> list[str]:
     return list(read_json(plan).get("grids", {})) if plan.is_file() else []
 
 
-def table(profile: str) -> pd.DataFrame:
-    """Every run of the profile's comparison, a row each: id, kind, label and settings; index is the id.
-
-    Reads ``results/<profile>/plan.json``, so committed results are found whatever the code has become since.
+def entries(profile: str) -> list[dict]:
+    """The entries of the profile's comparison, as ``plan.json`` keeps them (:class:`kdlib.study.design.Entry`).
 
     Raises:
-        KdlibError: the profile was never run here, or planned runs are missing (they are named).
+        KdlibError: the profile was never run here.
     """
-    labels = {entry["id"]: entry["label"] for entry in _plan(profile)["runs"]}
+    return _plan(profile)["entries"]
+
+
+def table(profile: str) -> "pd.DataFrame":
+    """Every run of the profile's comparison, a row each: id, kind, label and settings; index is the id.
+
+    Reads ``results/<profile>/plan.json``, so committed results are found whatever the code has become since. Runs that no
+    entry is made of, such as scores, may be missing; they are made again only where something missing reads them.
+
+    Raises:
+        KdlibError: the profile was never run here, or runs of its entries are missing (they are named).
+    """
+    import pandas as pd  # planning does without
+
+    plan = _plan(profile)
+    needed = {one for entry in plan["entries"] for one in (entry["run"], *entry["members"])}
+    found = _planned(profile, plan["runs"], needed)
+    labels = {one["id"]: one["label"] for one in plan["runs"]}
     rows = [
-        {**run.settings["parameters"], "id": run.id, "kind": run.kind, "label": labels[run.id], "run": run}
-        for run in _planned(profile, labels)
+        {**run.settings["parameters"], "id": run.id, "kind": run.kind, "label": labels[run.id], "run": run} for run in found
     ]
     return pd.DataFrame(rows).set_index("id", drop=False)
 
@@ -258,8 +336,8 @@ def cells(profile: str, grid: str) -> dict[str, list[Run]]:
             f"The results of profile {profile!r} hold no grid {grid!r}. If the profile names it under study: grids, make it with: "
             f"make paper PROFILE={profile} GRIDS={grid}"
         )
-    found = _planned(profile, {entry["id"]: entry["label"] for entry in plan[grid]["runs"]})
-    made = {run.id: run for run in found}
+    needed = {one for _, ids in plan[grid]["cells"] for one in ids}
+    made = {run.id: run for run in _planned(profile, plan[grid]["runs"], needed)}
     return {cell: [made[one] for one in ids] for cell, ids in plan[grid]["cells"]}
 
 
@@ -272,13 +350,13 @@ def _plan(profile: str) -> dict:
     return read_json(path)
 
 
-def _planned(profile: str, labels: dict[str, str]) -> list[Run]:
-    """The runs with these ids, all of them finished."""
-    found = {one: find(profile, one) for one in labels}
-    missing = [f"{labels[one]} ({one})" for one, run in found.items() if run is None]
+def _planned(profile: str, runs: list[dict], needed: set[str]) -> list[Run]:
+    """The finished runs among these; all of ``needed`` are."""
+    found = {one["id"]: find(profile, one["id"]) for one in runs}
+    missing = [f"{one['label']} ({one['id']})" for one in runs if one["id"] in needed and found[one["id"]] is None]
     if missing:
         raise KdlibError(
-            f"Profile {profile!r} lacks {len(missing)} of {len(labels)} planned runs: {', '.join(missing[:8])}"
+            f"Profile {profile!r} lacks {len(missing)} of {len(needed)} planned runs: {', '.join(missing[:8])}"
             f"{' …' if len(missing) > 8 else ''}. Finish it with: make paper PROFILE={profile}"
         )
-    return list(found.values())
+    return [run for run in found.values() if run is not None]

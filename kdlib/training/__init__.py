@@ -3,6 +3,7 @@
 from kdlib.training.batches import Collator
 from kdlib.training.checkpoints import newest_checkpoint
 from kdlib.training.log import LOG_COLUMNS, read_log
+from kdlib.training.objective import Distillation, FeatureTerm, Objective
 from kdlib.training.optimizer import parameter_groups, steps
 from kdlib.training.stages import discard_checkpoints, train_model
 from kdlib.training.trainer import CHECKPOINTS, DistillationTrainer
@@ -11,7 +12,10 @@ __all__ = [
     "CHECKPOINTS",
     "LOG_COLUMNS",
     "Collator",
+    "Distillation",
     "DistillationTrainer",
+    "FeatureTerm",
+    "Objective",
     "discard_checkpoints",
     "newest_checkpoint",
     "parameter_groups",

@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 
 from kdlib.data import corpus
-from kdlib.losses.features import FeatureLoss
+from kdlib.data.text import TrainingText
 from kdlib.study.schedules import Stage, stage_ends
+from kdlib.training.objective import Objective
 from kdlib.training.optimizer import steps
 from kdlib.training.trainer import DistillationTrainer
 
@@ -19,34 +20,32 @@ from kdlib.training.trainer import DistillationTrainer
 def train_model(
     model,
     values,
-    data: dict[str, corpus.Split],
+    text: TrainingText,
+    validation: corpus.Split,
     block_length: int,
     folder: Path,
     tokens: int | None = None,
-    documents: list[str] | None = None,
+    objective: Objective | None = None,
     stages: Sequence[Stage] = (),
     multipliers: dict | None = None,
-    features: FeatureLoss | None = None,
-    **options,
 ) -> dict:
-    """Train a model on a corpus, in one stage or several, from wherever an interrupted attempt left off.
+    """Train a model on text, in one stage or several, from wherever an interrupted attempt left off.
 
     Args:
         model: causal LM, trained in place.
         values: schedule, batch size, precision, seed.
-        data: splits by name; ``train`` is trained on, ``validation`` measured along the way.
+        text: what to train on; validation: measured along the way.
         folder: for ``log.csv`` and checkpoints. They stay, so that a call after the last step reads the weights back; once
             those are safe elsewhere, :func:`discard_checkpoints` makes room.
         tokens: train on about the first so many of an epoch's; None: on all.
-        documents: train on these alone; None: on all.
+        objective: terms and signal, as :class:`kdlib.training.DistillationTrainer` takes them.
         stages: parts with multipliers and an optimiser of their own; together they take the steps of a run without any.
-        multipliers, features, options: as :class:`kdlib.training.DistillationTrainer` takes them.
+        multipliers: regular expression on parameter names -> learning-rate multiplier.
 
     Returns:
         tokens, teacher_tokens, steps, seconds, tokens_per_second, flops, peak_memory_bytes, final_loss.
     """
-    split, validation = data["train"], data["validation"]
-    windows = split.windows(block_length, documents)
+    windows = text.windows(block_length)
     if tokens is not None:
         windows = windows[: max(1, int(np.searchsorted(windows[:, 1].cumsum(), tokens, side="right")))]
     index = corpus.pack(windows, block_length)
@@ -54,19 +53,20 @@ def train_model(
     found = []
     for number, (settings, multipliers) in enumerate(parts):
         if stages:
-            for trained in (model, features or model):
-                trained.requires_grad_(True)  # what the stage before froze
+            # What the stage before froze.
+            model.requires_grad_(True)
+            if objective is not None and objective.features is not None:
+                objective.features.loss.requires_grad_(True)
         trainer = DistillationTrainer(
             model,
             settings,
-            split,
+            text,
             index,
             folder / f"stage-{number}" if stages else folder,
+            objective,
+            multipliers=multipliers,
             validation=validation,
             validation_index=corpus.pack(validation.windows(block_length), block_length),
-            multipliers=multipliers,
-            features=features,
-            **options,
         )
         found.append(trainer.fit())
     if stages:

@@ -8,8 +8,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +19,18 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from kdlib import models
-from kdlib.cache import TargetCache
 from kdlib.data import corpus
+from kdlib.data.text import TrainingText
 from kdlib.errors import KdlibError
-from kdlib.losses import DenseTargets, linear_distillation_loss
+from kdlib.losses import linear_distillation_loss
 from kdlib.losses.balance import backward as balance_gradients
-from kdlib.losses.features import FeatureLoss
 from kdlib.models import low_precision
 from kdlib.study.parameters import TrainingParameters
 from kdlib.study.progress import bar
-from kdlib.study.schedules import Schedule, as_schedule
 from kdlib.training.batches import Collator, Rows
 from kdlib.training.checkpoints import last_step, newest_checkpoint
 from kdlib.training.log import StepLog, memory_bytes, peak_memory_bytes, read_log, teacher_tokens
+from kdlib.training.objective import BALANCES, Objective
 from kdlib.training.optimizer import parameter_groups, steps
 
 CHECKPOINTS = 8  # a run is saved, and its validation loss measured, this many times
@@ -39,49 +38,33 @@ LARGE, LARGE_CHECKPOINTS = 5e7, 2  # parameters from which writing a checkpoint 
 
 
 class DistillationTrainer(Trainer):
-    """Trains ``model`` on packed rows with w * tau^2 * KL + (1 - w) * CE.
+    """Trains ``model`` on packed rows with the loss of an :class:`~kdlib.training.objective.Objective`.
 
     Args:
         model: causal LM, possibly wrapped by peft.
         settings: schedule, batch size, precision, seed.
-        split, index: train split and its packed rows [rows, block_length].
+        text, index: what to train on, and the packed rows [rows, block_length] of its split. A token's weight multiplies its
+            CE and KD, in the log as well; features and validation text have none.
         folder: for checkpoints and the per-step log; a run interrupted there is taken up again.
-        targets: cached teacher targets (objective kd), or None.
-        teacher: model in the loop (objective online_kd), or None. It is never trained and runs without dropout.
-        kd_weight, temperature: of the loss, constant or on a schedule; weight 0 without targets or teacher.
-        divergence, divergence_options: of the KD term, see :func:`kdlib.losses.linear_distillation_loss`.
-        features, feature_weight: a loss on what student and teacher compute inside, added to the others, and its weight.
-            The student's body is not compiled then, and the projectors train along and are dropped in the end.
-        balance: how the gradient of ``features`` gives way to the main one, see :mod:`kdlib.losses.balance`; None adds them.
-        weights: [positions] of ``split``: each token's CE and KD are multiplied by its own, in the log as well. The loss of
-            ``features`` and that on validation text have none.
+        objective: terms of the loss and their signal; None for cross-entropy alone. With features the student's body is not
+            compiled.
         multipliers: regular expression on parameter names -> learning-rate multiplier; the first match wins, 0 freezes.
         validation, validation_index: measured a few times along the way; a short run measures only every n-th row.
 
     Raises:
         KdlibError: a ``low_precision`` this machine has not, nothing to train on, a vocabulary other than the targets' or the
-            teacher's, features without a teacher, a teacher that shares parameters with the model, a multiplier that matches no
-            parameter, another number of weights than positions, several processes that would share one run, or (while training) a
-            non-finite loss or gradient.
+            teacher's, a teacher that shares parameters with the model, a multiplier that matches no parameter, another number of
+            weights than positions, several processes that would share one run, or (while training) a non-finite loss or gradient.
     """
 
     def __init__(
         self,
         model: nn.Module,
         settings: TrainingParameters,
-        split: corpus.Split,
+        text: TrainingText,
         index: np.ndarray,
         folder: Path,
-        targets: TargetCache | None = None,
-        teacher: nn.Module | None = None,
-        kd_weight: float | Schedule = 0.0,
-        temperature: float | Schedule = 1.0,
-        divergence: str = "forward_kl",
-        divergence_options: dict | None = None,
-        features: FeatureLoss | None = None,
-        feature_weight: float = 1.0,
-        balance: Callable | None = None,
-        weights: np.ndarray | None = None,
+        objective: Objective | None = None,
         multipliers: dict[str, float] | None = None,
         validation: corpus.Split | None = None,
         validation_index: np.ndarray | None = None,
@@ -94,21 +77,16 @@ class DistillationTrainer(Trainer):
         low_precision.require(settings.low_precision)
         if not len(index):
             raise KdlibError(
-                f"The split {split.name!r} has no rows to train on; raise train_tokens or lower block_length."
+                f"The split {text.split.name!r} must have rows to train on, got none. Raise train_tokens or lower block_length."
             )
-        self._check_vocabularies(model, targets, teacher)
-        if features is not None and teacher is None:
-            raise KdlibError(
-                "A loss of features compares with what the teacher computes inside, and cached targets do not hold that; found features "
-                "without a teacher. Give the teacher itself, to be asked in the loop."
-            )
+        self.objective = objective = objective or Objective()
+        self._check_vocabularies(model, objective)
+        teacher = objective.teacher
         if teacher is not None and {id(one) for one in teacher.parameters()} & {id(one) for one in model.parameters()}:
             raise KdlibError(
-                "Teacher and student share parameters, so one's eval mode and freezing would be the other's. Give the teacher a copy of its own."
+                "Teacher and student must not share parameters: one's eval mode would be the other's. Give the teacher a copy."
             )
-        self.kd_weight, self.temperature, self.teacher = as_schedule(kd_weight), as_schedule(temperature), teacher
-        self.divergence, self.divergence_options = divergence, divergence_options
-        self.features, self.feature_weight, self.balance = features, feature_weight, balance
+        features = None if objective.features is None else objective.features.loss
         if features is not None and len(features.projectors):
             # As part of the model they are optimised, clipped and kept in checkpoints like the rest.
             model.projectors = features.projectors
@@ -154,7 +132,7 @@ class DistillationTrainer(Trainer):
         super().__init__(
             model,
             arguments,
-            data_collator=Collator(split, targets, weights),
+            data_collator=Collator(text.split, objective.targets, text.weights),
             train_dataset=Rows(index),
             eval_dataset=None if validation is None else Rows(validation_index),
         )
@@ -171,16 +149,12 @@ class DistillationTrainer(Trainer):
         self._parts = dict.fromkeys(("loss", "ce", "kd", "feature", "tokens"), 0)
 
     @staticmethod
-    def _check_vocabularies(model, targets: TargetCache | None, teacher) -> None:
-        sizes = {"student": len(models.head(model)[0])}
-        if targets is not None and "vocabulary" in targets.guard:
-            sizes["targets"] = targets.guard["vocabulary"]
-        if teacher is not None:
-            sizes["teacher"] = len(models.head(teacher)[0])
+    def _check_vocabularies(model, objective: Objective) -> None:
+        sizes = {"student": len(models.head(model)[0])} | objective.vocabularies()
         if len(set(sizes.values())) > 1:
             raise KdlibError(
-                f"Student and teacher must share one vocabulary, padding included; found {sizes} tokens. Cut the larger one down to the "
-                "corpus's tokens (kdlib.vocabulary.slice_model)."
+                f"Student and teacher must share one vocabulary, padding included, got {sizes} tokens. Cut the larger one down "
+                "(kdlib.data.vocabulary.slice_model)."
             )
 
     def fit(self) -> dict:
@@ -209,7 +183,7 @@ class DistillationTrainer(Trainer):
         context = len(self.train_dataset[0]) if len(self.train_dataset) else 0
         return {
             "tokens": tokens,
-            "teacher_tokens": 0 if self.teacher is None else teacher_tokens(rows),
+            "teacher_tokens": 0 if self.objective.teacher is None else teacher_tokens(rows),
             "steps": self.steps,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds if tokens else None,
@@ -222,13 +196,12 @@ class DistillationTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Loss of one micro-batch, divided by the tokens of the whole optimisation step."""
-        progress = min(1.0, self.state.global_step / max(1, self.steps - 1))
-        kd_weight, temperature = self.kd_weight.value(progress), self.temperature.value(progress)
-        targets, weights = inputs.get("targets"), inputs.get("weights")
-        with nullcontext() if self.features is None else self.features.recorded():
+        objective, kd_weight, temperature = self.objective, *self._at(self.state.global_step)
+        targets, weights, features = inputs.get("targets"), inputs.get("weights"), objective.features
+        with nullcontext() if features is None else features.loss.recorded():
             hidden = self._hidden(self._body, inputs)
-            if self.teacher is not None and (kd_weight > 0 or self.features is not None):
-                targets = self._ask_teacher(inputs)
+            if objective.asks_teacher(kd_weight):
+                targets = objective.ask(partial(self._hidden, inputs=inputs), self.autocast)
         parts = linear_distillation_loss(
             hidden.flatten(0, 1),
             *models.head(self.model),
@@ -239,35 +212,32 @@ class DistillationTrainer(Trainer):
             num_items_in_batch,
             self.autocast,
             compiled=self._compiled,
-            divergence=self.divergence,
-            options=self.divergence_options,
+            divergence=objective.distillation.divergence,
+            options=objective.distillation.options,
             token_weights=None if weights is None else weights.flatten(),
         )
-        loss, feature = parts.loss, None
-        if self.features is not None:
-            total, tokens = self.features(inputs["segments"])
-            feature = self.feature_weight * total / (tokens if num_items_in_batch is None else num_items_in_batch)
-            loss = loss + feature
+        loss, feature, total = parts.loss, None, 0.0
+        if features is not None:
+            total, tokens = features.loss(inputs["segments"])
+            feature = features.weight * total / (tokens if num_items_in_batch is None else num_items_in_batch)
+            loss, total = loss + feature, total.item()
         if not torch.isfinite(loss):
             self._refuse("loss", loss.item(), self.state.global_step + 1)
         if model.training:
             kd = 0.0 if parts.kd is None else parts.kd.item()
-            feature_sum = 0.0 if feature is None else total.item()
-            mixed = kd_weight * kd + (1 - kd_weight) * parts.ce.item() + self.feature_weight * feature_sum
-            found = {"loss": mixed, "ce": parts.ce.item(), "kd": kd, "feature": feature_sum, "tokens": parts.tokens}
+            mixed = kd_weight * kd + (1 - kd_weight) * parts.ce.item() + (features.weight * total if features else 0.0)
+            found = {"loss": mixed, "ce": parts.ce.item(), "kd": kd, "feature": total, "tokens": parts.tokens}
             self._parts = {name: self._parts[name] + value for name, value in found.items()}
-        if model.training and self.balance is not None and feature is not None:
-            balance_gradients(parts.loss, feature, self.model.parameters(), self.balance)
+        if model.training and features is not None and (balanced := BALANCES[features.balance]) is not None:
+            balance_gradients(parts.loss, feature, self.model.parameters(), balanced)
             # The gradients are in place; what the Trainer now differentiates must add nothing to them.
             loss = loss.detach().requires_grad_()
         return (loss, parts) if return_outputs else loss
 
-    def _ask_teacher(self, inputs) -> DenseTargets:
-        with torch.no_grad():
-            hidden = self._hidden(models.body(self.teacher), inputs).flatten(0, 1)
-        weight, bias = models.head(self.teacher)
-        dtype = self.autocast or hidden.dtype
-        return DenseTargets(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    def _at(self, step: int) -> tuple[float, float]:
+        """Weight of the KD term and temperature in a step, counted from 0."""
+        progress = min(1.0, step / max(1, self.steps - 1))
+        return self.objective.weight.value(progress), self.objective.temperature.value(progress)
 
     def _refuse(self, what: str, value: float, step: int) -> None:
         kept = newest_checkpoint(Path(self.args.output_dir))
@@ -337,17 +307,16 @@ class DistillationTrainer(Trainer):
         self.step_log.tokens += parts["tokens"]
         means = {name: parts[name] / max(1, parts["tokens"]) for name in ("loss", "ce", "kd", "feature")}
         self.state.log_history.append({"step": self.state.global_step, "loss": means["loss"]})
-        # The step that was just taken, counted from 0.
-        progress = min(1.0, (self.state.global_step - 1) / max(1, self.steps - 1))
-        distils, weight = self.kd_weight != as_schedule(0.0), self.kd_weight.value(progress)
+        weight, temperature = self._at(self.state.global_step - 1)  # of the step that was just taken
+        distils = self.objective.distils
         self._log(
             {
                 "loss": means["loss"],
                 "ce": means["ce"],
                 "kd": means["kd"] if weight > 0 else "",
-                "feature": means["feature"] if self.features is not None else "",
+                "feature": means["feature"] if self.objective.features is not None else "",
                 "kd_weight": weight if distils else "",
-                "temperature": self.temperature.value(progress) if distils else "",
+                "temperature": temperature if distils else "",
                 "learning_rate": logs["learning_rate"],
                 "memory_bytes": memory_bytes(),
             }

@@ -6,14 +6,87 @@ by it. Windows, or any other unit with an id, do as well. Results depend on the 
 """
 
 import math
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
+from pydantic import Field, model_validator
 
 from kdlib.data.corpus import Split
+from kdlib.data.text import Given, TrainingText, Way
 from kdlib.errors import KdlibError
+from kdlib.study.refs import Ref
 
 MODES = ("highest", "lowest", "middle", "random")
+
+
+class Selected(Way):
+    """Part of the training text, or all of it weighted, by scores of its documents or at random."""
+
+    UNREAD: ClassVar = frozenset({"by", "measure"})
+
+    by: Ref | None = Field(
+        None, description="the run that scores, see :class:`kdlib.runs.scores`; None: the student's own targets"
+    )
+    measure: Literal["nll", "entropy"] | None = Field(
+        None, description="of the scorer, mean over a document's tokens (not mode=random)"
+    )
+    mode: Literal["highest", "lowest", "middle", "random", "weighted"] = Field(
+        description="which documents of that order come first; weighted: all are kept, and the loss of a token has the weight "
+        "of its document, proportional to exp(score / temperature), with mean 1"
+    )
+    share: float | None = Field(
+        None, gt=0, lt=1, description="tokens kept, as a share of the train split's (not mode=weighted)"
+    )
+    temperature: float | None = Field(None, gt=0, le=100, description="in nats, of mode=weighted")
+    domains: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
+        None,
+        min_length=1,
+        description="carrier: its share of the tokens kept, chosen by the mode within each (not mode=weighted); "
+        "None: whatever the mode brings",
+    )
+
+    @model_validator(mode="after")
+    def _mode_has_what_it_reads(self):
+        needs = {"measure": self.mode != "random", "share": self.mode != "weighted", "temperature": self.mode == "weighted"}
+        for name, needed in needs.items():
+            found = getattr(self, name)
+            if needed != (found is not None):
+                raise ValueError(f"{name} must be {'given' if needed else 'left out'} with mode={self.mode}, got {found}")
+        if self.by is not None and self.mode == "random":
+            raise ValueError("by must be left out with mode=random, which reads no scores")
+        if self.domains and self.mode == "weighted":
+            raise ValueError("domains must be left out with mode=weighted, which keeps all documents")
+        return self
+
+    def inputs(self, student, plan) -> dict:
+        """The scores, unless the choice is random."""
+        if self.domains:
+            _refuse_unknown(self.domains, plan.corpus().parameters.domains)
+        if self.mode == "random":
+            return {}
+        scorer = student.targets_step(plan) if self.by is None else self.by
+        return {"scores": plan.scores(scorer=scorer, measure=self.measure)}
+
+    def take(self, given: Given) -> TrainingText:
+        """The chosen documents, or all of them with weights."""
+        train, table = given.train, given.train.documents
+        if self.mode != "random":
+            table = scores(train, np.load(given.runs["scores"].path / "scores" / "scores.npy"))
+        if self.mode == "weighted":
+            of_documents = weights(table, self.temperature).to_numpy()
+            return TrainingText(train, weights=np.repeat(of_documents, np.diff(train.offsets)))
+        budget = round(self.share * int(train.documents.tokens.sum()))
+        if self.domains:
+            budget = mix(train.documents, budget, self.domains)
+        return TrainingText(train, choose(table, budget, self.mode, given.seed))
+
+
+def _refuse_unknown(asked, known) -> None:
+    if unknown := sorted(set(asked) - set(known)):
+        raise KdlibError(
+            f"domains of a selection must be among {', '.join(known)}, got {', '.join(unknown)}. Name those of the corpus."
+        )
 
 
 def scores(split: Split, values: np.ndarray) -> pd.DataFrame:

@@ -1,51 +1,48 @@
-"""Text without data: documents of random tokens, or sampled from a teacher, as a train split like any other."""
+"""Text that a model wrote, as a train split like any other."""
 
-from collections.abc import Iterator, Sequence
+from __future__ import annotations
+
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import pandas as pd
-import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from pydantic import Field
 
-from kdlib.data.corpus import MIN_BLOCK_LENGTH, Split, separator_id
+from kdlib.data.corpus import Split, separator_id
+from kdlib.data.random_tokens import as_split, check_size
+from kdlib.data.text import Given, TrainingText, Way
 from kdlib.errors import KdlibError
 from kdlib.study.progress import bar
+from kdlib.study.refs import Ref
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-def uniform(tokenizer: PreTrainedTokenizerBase, tokens: int, length: int, seed: int) -> Split:
-    """Documents of independent tokens, each token of the vocabulary but the separator equally likely.
+class Generated(Way):
+    """As many tokens as the train split has, sampled from the model of a run."""
 
-    Args:
-        tokens: predicting positions in all, reached exactly.
-        length: most predicting positions of a document; the documents' lengths differ by one at most.
+    CACHED: ClassVar = False
+    UNREAD: ClassVar = frozenset({"by"})
 
-    Raises:
-        KdlibError: fewer than 2 tokens, or a length below 8.
-    """
-    counts = np.zeros(max(tokenizer.get_vocab().values()) + 1)
-    counts[list(tokenizer.get_vocab().values())] = 1
-    return _independent("uniform", counts, tokenizer, tokens, length, seed)
+    by: Ref | None = Field(None, description="the run that writes; None: the student's teacher")
+    temperature: float | None = Field(None, gt=0, le=100, description="of the sampling; None: 1")
+    top_p: float | None = Field(None, gt=0, le=1, description="draw from the smallest set of tokens with this probability")
 
+    def inputs(self, student, plan) -> dict:
+        """Whoever writes."""
+        return {"writer": plan.resolve(student.teacher if self.by is None else self.by)}
 
-def unigram(split: Split, tokenizer: PreTrainedTokenizerBase, tokens: int, length: int, seed: int) -> Split:
-    """Documents of independent tokens, as frequent as in ``split``; otherwise as :func:`uniform`."""
-    size = max(tokenizer.get_vocab().values()) + 1
-    return _independent("unigram", np.bincount(split.tokens, minlength=size), tokenizer, tokens, length, seed)
-
-
-def _independent(
-    how: str, counts: np.ndarray, tokenizer: PreTrainedTokenizerBase, tokens: int, length: int, seed: int
-) -> Split:
-    _check(tokens, length)
-    counts = counts.astype(np.float64)
-    counts[separator_id(tokenizer)] = 0
-    documents = -(-tokens // length)
-    sizes = np.full(documents, tokens // documents)
-    sizes[: tokens % documents] += 1
-    # A document's last predicting position predicts the separator.
-    drawn = np.random.default_rng(seed).choice(len(counts), tokens - documents, p=counts / counts.sum())
-    return _split(how, np.split(drawn, np.cumsum(sizes - 1)[:-1]), tokenizer)
+    def take(self, given: Given) -> TrainingText:
+        """Documents of at most a row each."""
+        writer, tokens = given.load(given.runs["writer"]), int(given.train.documents.tokens.sum())
+        # A step of generation takes a GPU as long for few documents as for many.
+        rows, temperature = 32 if writer.device.type == "cpu" else 512, self.temperature or 1.0
+        made = sampled(
+            writer, given.tokenizer, tokens, given.block_length, given.seed, temperature, self.top_p, batch_size=rows
+        )
+        return TrainingText(made)
 
 
 def sampled(
@@ -77,7 +74,7 @@ def sampled(
         KdlibError: fewer than 2 tokens, a length below 8 or beyond the teacher's context, a temperature or top_p out of
             range.
     """
-    _check(tokens, length)
+    check_size(tokens, length)
     context = getattr(teacher.config.get_text_config(), "max_position_embeddings", None) or length
     if length > context:
         raise KdlibError(f"The teacher reads at most {context} tokens; found a document length of {length}. Lower it.")
@@ -86,6 +83,9 @@ def sampled(
             f"Sampling needs a temperature above 0, and a top_p above 0 and at most 1 (or none); found {temperature} and "
             f"{top_p}."
         )
+    import torch
+    from transformers import GenerationConfig
+
     separator = separator_id(tokenizer)
     settings = GenerationConfig(
         do_sample=True,
@@ -108,12 +108,14 @@ def sampled(
                 progress.update(len(documents[-1]) + 1)
                 if left <= 0:
                     break
-    return _split("sampled", documents, tokenizer)
+    return as_split("sampled", documents, tokenizer)
 
 
 @contextmanager
 def _generating(teacher: PreTrainedModel, settings: GenerationConfig, seed: int) -> Iterator[None]:
     """The teacher in evaluation mode with these settings alone (its own would fill the gaps), and a random state apart."""
+    import torch
+
     own, training = teacher.generation_config, teacher.training
     teacher.generation_config = settings
     teacher.eval()
@@ -124,28 +126,3 @@ def _generating(teacher: PreTrainedModel, settings: GenerationConfig, seed: int)
     finally:
         teacher.generation_config = own
         teacher.train(training)
-
-
-def _split(how: str, documents: Sequence[np.ndarray], tokenizer: PreTrainedTokenizerBase) -> Split:
-    separator = separator_id(tokenizer)
-    streams = [np.array([separator, *ids, separator], dtype=np.int32) for ids in documents]
-    sources = [f"synthetic-{how}/{number}" for number in range(len(documents))]
-    table = pd.DataFrame(
-        {
-            "document": [f"{source}#00" for source in sources],
-            "source": sources,
-            "domain": f"synthetic-{how}",
-            "bytes": [len(tokenizer.decode(ids.tolist()).encode()) for ids in documents],
-            "tokens": [len(stream) - 1 for stream in streams],
-        }
-    )
-    offsets = np.cumsum([0, *map(len, streams)], dtype=np.int64)
-    return Split("train", table, np.concatenate(streams), offsets, separator)
-
-
-def _check(tokens: int, length: int) -> None:
-    if tokens < 2 or length < MIN_BLOCK_LENGTH:
-        raise KdlibError(
-            f"Expected at least 2 tokens, in documents of at least {MIN_BLOCK_LENGTH}; found {tokens} tokens in documents "
-            f"of {length}."
-        )

@@ -1,0 +1,62 @@
+"""Runs are made here: what exists is returned, and what does not is made, with whatever it reads."""
+
+import gc
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import transformers
+
+from kdlib import models
+from kdlib.models import low_precision
+from kdlib.study import progress, store
+from kdlib.study.kinds import kinds
+from kdlib.study.plan import Step
+from kdlib.training.log import peak_resident_bytes
+
+if progress.batch():
+    transformers.utils.logging.disable_progress_bar()
+
+
+def make(step: Step, with_artefact: bool = False) -> store.Run:
+    """The run that ``step`` describes; it, and whatever it reads, is made now unless it exists.
+
+    A clone holds the results of runs, but no data, targets or models. Where these are read they are made again, and with
+    ``with_artefact`` also those of this very run; the results stay as they are, and are compared with the new ones.
+    """
+    profile = step.parameters.profile
+    if found := store.find(profile, step.id, with_artefact):
+        return found
+    low_precision.require(getattr(step.parameters, "low_precision", "none"))
+    inputs = {name: make(upstream, with_artefact=True) for name, upstream in step.inputs.items()}
+    again = " again, of which only the results are here" if store.find(profile, step.id) else ""
+    print(f"making {step.label} ({step.id}){again}", flush=True)
+
+    def produce(folder: Path) -> dict:
+        started = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        metrics = kinds()[step.kind].produce(step, inputs, folder)
+        gc.collect()
+        return metrics | {"cost": _cost(step, time.perf_counter() - started)}
+
+    return store.make(profile, step.id, step.settings, produce, with_artefact)
+
+
+def _cost(step: Step, seconds: float) -> dict:
+    cost = {"seconds": seconds, "peak_memory_bytes": peak_resident_bytes(), "device": store.device()}
+    if asked := getattr(step.parameters, "precision", None):
+        # What "auto" became here.
+        cost["precision"] = str(models.precision(asked) or torch.float32).removeprefix("torch.")
+    if torch.cuda.is_available():
+        cost["peak_device_bytes"] = torch.cuda.max_memory_allocated()
+    return cost
+
+
+def make_all(steps: Sequence[Step], with_artefact: bool = False) -> None:
+    """Make runs in this process, which keeps what it has compiled, and tell of each."""
+    for number, step in enumerate(steps, 1):
+        started = time.perf_counter()
+        run = make(step, with_artefact)
+        print(f"[{number}/{len(steps)}] {step.label}: {run.id} ({time.perf_counter() - started:.0f} s)", flush=True)

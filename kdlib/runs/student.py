@@ -1,0 +1,323 @@
+"""Student: one small model, from text, from cached targets or from a teacher in the loop."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+from kdlib.data import text
+from kdlib.data.text import Text
+from kdlib.errors import KdlibError
+from kdlib.study import parameters
+from kdlib.study.divergences import GROUPED, Divergence, as_pair, refuse_unserved
+from kdlib.study.plan import Planner, Step
+from kdlib.study.refs import Ref
+from kdlib.study.schedules import Schedule, Stage, scheduled, stage_ends
+from kdlib.study.store import Run
+
+NOTEBOOK, LEAVES = "04_student", "model"
+# Settings that an objective refuses.
+UNUSED = {"ce": ("fresh_draws", "divergence", "features"), "kd": ("features",), "online_kd": ("fresh_draws",)}
+
+
+class Features(BaseModel):
+    """A loss on what student and teacher compute inside, beside the others (objective=online_kd)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    on: Literal["hidden_mse", "hidden_cosine", "attention_mse", "relation"] = Field(
+        description="hidden states, attention maps, or query-key-value relations"
+    )
+    weight: float = Field(1.0, gt=0, description="of this loss, added to the others")
+    layers: Literal["last", "last_k", "all", "uniform_consecutive", "uniform_last"] = Field(
+        "uniform_consecutive", description="which student layer learns from which teacher layers"
+    )
+    last_k: PositiveInt | None = Field(None, description="k of layers=last_k")
+    relations: list[Literal["query", "key", "value"]] = Field(
+        ["query", "key", "value"], min_length=1, description="vectors compared by on=relation"
+    )
+    balance: Literal["none", "project", "norm"] = Field(
+        "none", description="project: its gradient loses what opposes the main one; norm: it is never the longer"
+    )
+
+    @model_validator(mode="after")
+    def _last_k_belongs_to_its_map(self):
+        if (self.layers == "last_k") != (self.last_k is not None):
+            raise ValueError(f"last_k must be given with layers=last_k and only then, got {self.last_k} with {self.layers}")
+        return self
+
+
+class Parameters(parameters.TrainingParameters):
+    """``04_student``."""
+
+    # Runs that are named count by their ids.
+    UNREAD: ClassVar = parameters.TrainingParameters.UNREAD | {"teacher", "targets", "fresh_draws"}
+    ABSENT: ClassVar = parameters.TrainingParameters.ABSENT | {
+        "divergence": "forward_kl",
+        "features": None,
+        "initialisation": "random",
+        "noise": 0.0,
+        "stages": [],
+        "text": "corpus",
+    }
+
+    objective: Literal["ce", "kd", "online_kd"] = Field(
+        description="ce: the text alone; kd: cached targets; online_kd: the teacher in the loop, its whole distribution"
+    )
+    kd_weight: scheduled(parameters.Share) = Field(
+        description="weight of the KD term, constant or on a schedule; cross-entropy has 1 - kd_weight"
+    )
+    temperature: scheduled(Annotated[float, Field(gt=0, le=100)]) = Field(
+        description="softens teacher and student in the KD term, which is scaled by its square; on a schedule with "
+        "objective=online_kd"
+    )
+    divergence: Divergence = Field(
+        "forward_kl",
+        description="of the KD term, from the teacher's distribution to the student's: a name, or {name: {option: value}}",
+    )
+    teacher: Ref = Field(
+        description="the run to learn from: a teacher of the profile, {student: {…}}, {ensemble: {…}}, a run id, a folder, or a "
+        "list of them"
+    )
+    targets: parameters.Settings = Field(
+        {}, description="what sets its targets apart from the profile's targets section (objective=kd)"
+    )
+    fresh_draws: bool = Field(
+        False,
+        description="draw the targets anew for this student, with its seed, from dense ones (targets={source: dense}): the "
+        "members of an ensemble then see different draws, and the teacher runs once",
+    )
+    features: Features | None = Field(
+        None, description="{on: relation, layers: last, …}: a loss on hidden states or attention (objective=online_kd)"
+    )
+    architecture: Literal["llama", "gpt2", "qwen3"] = Field(description="transformers architecture of the student")
+    layers: PositiveInt = Field(description="depth")
+    hidden_size: PositiveInt = Field(description="width")
+    heads: PositiveInt = Field(description="attention heads")
+    initialisation: Literal["random", "embeddings", "every_nth", "identical"] = Field(
+        "random", description="weights taken from the teacher: none, its embeddings, every n-th layer, all"
+    )
+    noise: float = Field(
+        0.0, ge=0, le=10, description="parameter noise at the start, in standard deviations of each matrix"
+    )
+    learning_rate_multipliers: parameters.Multipliers = Field(
+        description="regular expression on parameter names: multiplier of the learning rate; 0 freezes; first match wins"
+    )
+    stages: list[Stage] = Field(
+        [], description="parts of the training with learning-rate multipliers and an optimiser of their own"
+    )
+    text: Text = Field(
+        "corpus",
+        description="trained on: corpus, uniform or unigram (random tokens), {bagged: {…}}, {selected: {…}}, {generated: {…}}",
+    )
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self):
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"hidden_size must be an even multiple of heads ({self.heads}), got {self.hidden_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _multipliers_can_be_applied(self):
+        parts = (self.learning_rate_multipliers, *(stage.learning_rate_multipliers for stage in self.stages))
+        for pattern in (pattern for multipliers in parts for pattern in multipliers):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"learning_rate_multipliers must be named by regular expressions, got {pattern!r} ({error}); put a backslash "
+                    "before a character that stands for itself"
+                ) from None
+        return self
+
+    @model_validator(mode="after")
+    def _schedules_are_in_range(self):
+        for name, low, high in (("kd_weight", 0, 1), ("temperature", 1e-6, 100)):
+            value = getattr(self, name)
+            if isinstance(value, Schedule) and not all(low <= end <= high for end in (value.start, value.end)):
+                raise ValueError(f"{name} must stay between {low:g} and {high}, got {value.start} to {value.end}")
+        return self
+
+    @model_validator(mode="after")
+    def _signal_serves_the_terms(self):
+        """Features and a moving temperature need the teacher itself, a divergence needs any teacher."""
+        needs_loop = {"features": self.features is not None, "a temperature schedule": isinstance(self.temperature, Schedule)}
+        for name, asked in needs_loop.items():
+            if asked and self.objective != "online_kd":
+                raise ValueError(f"objective must be online_kd for {name}, got {self.objective}")
+        if self.fresh_draws and self.objective != "kd":
+            raise ValueError(f"objective must be kd for fresh_draws, got {self.objective}")
+        if self.objective == "ce" and self.divergence != "forward_kl":
+            raise ValueError(f"objective must be kd or online_kd for a divergence, got ce with {self.divergence}")
+        return self
+
+    @model_validator(mode="after")
+    def _text_serves_the_objective(self):
+        way = text.way(self.text)
+        if self.objective == "kd" and not way.CACHED:
+            raise ValueError(f"objective must be ce or online_kd for text made in the run, got kd with text {self.text}")
+        if getattr(way, "mode", None) == "weighted" and (self.features or as_pair(self.divergence)[0] in GROUPED):
+            raise ValueError(
+                f"text must not be weighted with features or the divergences {', '.join(GROUPED)}, whose tokens have no loss of "
+                "their own; choose another"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stages_stand_alone(self):
+        if not self.stages:
+            return self
+        if self.learning_rate_multipliers:
+            raise ValueError("learning_rate_multipliers must be empty with stages, which have their own")
+        if isinstance(self.kd_weight, Schedule) or isinstance(self.temperature, Schedule):
+            raise ValueError("kd_weight and temperature must be constant with stages; a schedule would begin anew in each")
+        stage_ends(self.stages, 10**9)  # whether their shares add up
+        return self
+
+    @model_validator(mode="after")
+    def _layers_can_be_replaced(self):
+        relation = self.features is not None and self.features.on == "relation"
+        if self.low_precision == "optimizer_and_backward" and (self.architecture == "gpt2" or relation):
+            raise ValueError(
+                "low_precision must be optimizer or none with gpt2, which has no nn.Linear layers, and with features on "
+                f"relation, which read them; got {self.low_precision}"
+            )
+        return self
+
+    def unread(self) -> set[str]:
+        """Cross-entropy reads neither weight nor temperature."""
+        return {"kd_weight", "temperature", "divergence"} if self.objective == "ce" else set()
+
+    @classmethod
+    def usable(cls, section: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+        """Where another objective is asked for, what the section sets for its own and this one refuses is left out."""
+        unused = UNUSED.get(changes.get("objective"), ())
+        kept = {name: value for name, value in section.items() if name not in unused}
+        if "features" in unused and isinstance(kept["temperature"], dict):
+            kept["temperature"] = kept["temperature"]["end"]
+        return kept
+
+    def identity(self) -> dict[str, Any]:
+        """The order of multipliers counts, since the first match wins; features as they are read."""
+        values = super().identity()
+        for part in (values, *values.get("stages", [])):
+            # An id does not see the order in which a mapping names things; that of a list it does.
+            if multipliers := part["learning_rate_multipliers"]:
+                part["learning_rate_multipliers"] = [list(pair) for pair in multipliers.items()]
+        if "text" in values:
+            values["text"] = text.identity(self.text)
+        if self.features and self.features.on != "relation":
+            values["features"].pop("relations")
+        return values
+
+    def targets_step(self, plan: Planner) -> Step:
+        """The targets that a student with these settings reads.
+
+        Raises:
+            KdlibError: they cannot serve its temperature or its divergence.
+        """
+        # Sparse targets serve the temperature they were written at, and no other.
+        wanted = {"teacher": self.teacher, "temperature": self.temperature, **self.targets}
+        step = plan.targets(**wanted | ({"seed": self.seed} if self.fresh_draws else {}))
+        kept = step.parameters
+        if self.fresh_draws and (kept.source != "dense" or kept.kind not in ("sampled", "topk_sampled")):
+            raise KdlibError(
+                f"targets of fresh_draws must have source dense and kind sampled or topk_sampled, got {kept.source} and {kept.kind}."
+            )
+        if kept.kind != "dense" and kept.temperature != self.temperature:
+            raise KdlibError(
+                f"temperature of targets must be the student's ({self.temperature}), got {kept.temperature}. Leave it out, or use "
+                "kind dense, which serves any."
+            )
+        if self.objective == "kd":
+            refuse_unserved(self.divergence, kept.kind)
+        return step
+
+
+def inputs(values: Parameters, plan: Planner) -> dict[str, Step]:
+    """The corpus, the teacher or its targets, and what its text is chosen by."""
+    found = {"corpus": plan.corpus()}
+    if values.objective == "online_kd" or values.initialisation != "random":
+        found["teacher"] = plan.resolve(values.teacher)
+    if values.objective == "kd":
+        found["targets"] = values.targets_step(plan)
+    return found | text.way(values.text).inputs(values, plan)
+
+
+def downloads(values: Parameters) -> dict[str, str]:
+    """Nothing."""
+    return {}
+
+
+def label(values: Parameters) -> str:
+    """Objective and seed."""
+    return f"student {values.objective if values.epochs else 'untrained'} seed {values.seed}"
+
+
+def produce(step: Step, inputs: dict[str, Run], folder: Path) -> dict:
+    """Build, train, evaluate and save the student."""
+    from kdlib import models
+    from kdlib.models import initialisation
+    from kdlib.runs import artefacts
+    from kdlib.training import train_model
+
+    values, corpus = step.parameters, inputs["corpus"]
+    tokenizer, block_length = artefacts.load_tokenizer(corpus), artefacts.block_length(corpus)
+    data, model = artefacts.splits(corpus), untrained(values, tokenizer, block_length)
+    teacher = None
+    if "teacher" in inputs:
+        artefacts.require_same_vocabulary(inputs["teacher"], corpus)
+        teacher = artefacts.load_model(inputs["teacher"])
+        model = initialisation.initialise(model, teacher, values.initialisation)
+    if values.noise:
+        model = initialisation.perturb(model, values.noise, values.seed)
+    given = text.Given(data["train"], tokenizer, block_length, values.seed, inputs, artefacts.load_model)
+    training = train_model(
+        model,
+        values,
+        text.way(values.text).take(given),
+        data["validation"],
+        block_length,
+        folder,
+        objective=_objective(values, inputs, data["train"], model, teacher),
+        stages=values.stages,
+        multipliers=values.learning_rate_multipliers,
+    )
+    if values.objective == "online_kd":
+        training["teacher_flops"] = models.flops_per_token(teacher, block_length) * training["teacher_tokens"]
+    metrics = artefacts.evaluate_into(folder, model, data, block_length, values.precision)
+    metrics |= {"training": training, "parameters": models.parameters_by_component(model)}
+    artefacts.save_model(model, tokenizer, folder, step, metrics)
+    return metrics
+
+
+def untrained(values: Parameters, tokenizer, block_length: int):
+    """The student as its seed initialises it."""
+    from kdlib import models
+    from kdlib.runs import artefacts
+
+    shape = models.Shape(
+        layers=values.layers, hidden_size=values.hidden_size, heads=values.heads, architecture=values.architecture
+    )
+    maps = values.features is not None and values.features.on == "attention_mse"
+    return models.build(shape, tokenizer, block_length, values.seed, "eager" if maps else None).to(artefacts.device())
+
+
+def _objective(values: Parameters, inputs: dict[str, Run], train, model, teacher):
+    """The terms of the loss and the signal they compare with."""
+    from kdlib.losses.features import FeatureLoss
+    from kdlib.runs import artefacts
+    from kdlib.training.objective import Distillation, FeatureTerm, Objective
+
+    if values.objective == "ce":
+        return Objective()
+    name, options = as_pair(values.divergence)
+    terms = [Distillation(values.kd_weight, values.temperature, name, options)]
+    if values.objective == "kd":
+        cache = artefacts.open_targets(inputs["targets"], inputs["corpus"], train, values.temperature)
+        return Objective(terms, cache)
+    if asked := values.features:
+        loss = FeatureLoss(model, teacher, asked.on, asked.layers, asked.last_k, asked.relations, seed=values.seed)
+        terms.append(FeatureTerm(loss, asked.weight, asked.balance))
+    return Objective(terms, teacher)
