@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from kdlib.study import plan, profiles, store
-from kdlib.study.parameters import CorpusParameters, TeacherParameters
+from kdlib.study import design, profiles, store
+from kdlib.runs import corpus, teacher
 
 SPLITS = ("validation", "calibration", "test", "ood")
 NLL = {"frozen": 3.4, "lora": 3.1, "full": 3.05, "scratch": 3.6, "ce": 4.95, "kd": 4.86, "online_kd": 4.85}
@@ -21,12 +21,12 @@ BINS = 15
 
 
 def write(profile: str, sources: int = 12, seed: int = 0, grids: Sequence[str] = ()) -> Path:
-    """Lay down ``results/<profile>`` under ``runs.home()``: every run of the profile's comparison and of ``grids``.
+    """Lay down ``results/<profile>`` under ``store.home()``: every run of the profile's comparison and of ``grids``.
 
     Returns the folder.
     """
     documents = _documents(profiles.load(profile).corpus, sources)
-    for step in plan.study(profile, tuple(grids)):
+    for step in design.study(profile, tuple(grids)):
         rng = np.random.default_rng([seed, int(step.id[-12:], 16)])
         folder = store.results(profile) / "runs" / step.id
         folder.mkdir(parents=True)
@@ -37,7 +37,7 @@ def write(profile: str, sources: int = 12, seed: int = 0, grids: Sequence[str] =
                 "device": "invented processor, 2 threads",
             }
         }
-        metrics |= {"corpus": _corpus, "targets": _targets, "fidelity": _fidelity}.get(step.kind, _model)(
+        metrics |= {"corpus": _corpus, "targets": _targets, "scores": _scores, "fidelity": _fidelity}.get(step.kind, _model)(
             step, documents, folder, rng
         )
         store.write_json(folder / "settings.json", step.settings)
@@ -45,11 +45,11 @@ def write(profile: str, sources: int = 12, seed: int = 0, grids: Sequence[str] =
             folder / "provenance.json", {"started": "2024-05-01T00:00:00Z", "seconds": 0.0, "device": "invented processor, 2 threads"}
         )
         store.write_json(folder / "metrics.json", metrics)
-    plan.write(profile, tuple(grids))
+    design.write(profile, tuple(grids))
     return store.results(profile)
 
 
-def _documents(corpus: CorpusParameters, sources: int) -> pd.DataFrame:
+def _documents(corpus: corpus.Parameters, sources: int) -> pd.DataFrame:
     rng = np.random.default_rng(0)
     rows = []
     for split in SPLITS:
@@ -93,6 +93,10 @@ def _corpus(step, documents, folder, rng) -> dict:
     }
 
 
+def _scores(step, documents, folder, rng) -> dict:
+    return {"tokens": int(documents.tokens.sum()), "mean": 3.0, "low": 0.1, "median": 2.5, "high": 8.0}
+
+
 def _targets(step, documents, folder, rng) -> dict:
     tokens = int(documents.tokens.sum())
     return {
@@ -129,7 +133,7 @@ def _model(step, documents, folder, rng) -> dict:
 
 def _effect(values) -> float:
     """What a student's settings make of its loss: nothing for those of the comparison, else the same for every seed."""
-    if isinstance(values, TeacherParameters):
+    if isinstance(values, teacher.Parameters):
         return 0.0
     usual, found = (one.model_dump(mode="json") for one in (profiles.load(values.profile).student, values))
     own = {name: value for name, value in found.items() if value != usual[name]}

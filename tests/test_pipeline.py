@@ -89,7 +89,7 @@ def study(tmp_path_factory):
 def test_a_killed_study_is_finished_when_it_is_called_again(study, monkeypatch):
     home, done, _ = study
     monkeypatch.setenv("KDLIB_HOME", str(home))
-    planned = [step.id for step in plan.study("smoke", GRIDS)]
+    planned = [step.id for step in design.study("smoke", GRIDS)]
     assert sorted(path.name for path in (home / "results" / "smoke" / "runs").iterdir()) == sorted(planned)
     assert list((home / "results" / "smoke" / "work").iterdir()) == []
     assert (home / "paper" / "kdlib-smoke.pdf").read_bytes().startswith(b"%PDF")
@@ -101,7 +101,7 @@ def test_a_killed_study_is_finished_when_it_is_called_again(study, monkeypatch):
 def test_a_run_that_was_killed_ends_with_the_numbers_of_one_that_was_not(study, tmp_path, monkeypatch):
     home, done, cut = study
     monkeypatch.setenv("KDLIB_HOME", str(home))
-    students = [step for step in plan.study("smoke") if step.kind == "student" and step.parameters.epochs]
+    students = [step for step in design.study("smoke") if step.kind == "student" and step.parameters.epochs]
     step = next((step for step in students if step.id in cut), students[0])  # the kill may fall between two runs
     resumed = step.run().metrics
     upstream = tmp_path / "results" / "smoke" / "runs"
@@ -119,7 +119,7 @@ def test_where_only_results_are_left_what_a_missing_run_reads_is_made_again(stud
     home, _, _ = study
     shutil.copytree(home / "results", tmp_path / "results")
     monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
-    step = next(step for step in plan.study("smoke") if step.kind == "student" and step.parameters.objective == "kd")
+    step = next(step for step in design.study("smoke") if step.kind == "student" and step.parameters.objective == "kd")
     lost = step.run()
     learned = what_was_learned(lost.metrics)
     shutil.rmtree(lost.path)
@@ -128,7 +128,7 @@ def test_where_only_results_are_left_what_a_missing_run_reads_is_made_again(stud
         for artefact in set(store.ARTEFACTS.values()):
             shutil.rmtree(run / artefact, ignore_errors=True)
     before = {path: path.read_bytes() for path in folder.glob("*/*") if path.is_file()}
-    made = producers.make(step)
+    made = make_run(step)
     assert what_was_learned(made.metrics) == learned and made.artefact.is_dir()
     assert {path: path.read_bytes() for path in before} == before, "results that were there stay"
 
@@ -186,7 +186,7 @@ def test_every_profile_is_planned_without_network_or_results(profile, tmp_path, 
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("KDLIB_CACHE", str(tmp_path / "cache"))
     out = finished(snakemake(tmp_path, "--dry-run", profile=profile))
-    jobs = len(plan.study(profile)) + len(report.analyses(())) + 2
+    jobs = len(design.study(profile)) + len(report.analyses(())) + 2
     assert re.search(rf"^total +{jobs}$", out, re.MULTILINE)
     assert not (tmp_path / "results").exists() or list((tmp_path / "results").rglob("*.json")) == []
 
@@ -201,7 +201,7 @@ def test_the_slurm_profile_asks_for_a_gpu_and_its_cores(tmp_path):
     out = finished(snakemake(tmp_path, *arguments, "--cores", "64", "--dry-run"))
     blocks = [block for block in out.split("\nrule ") if "resources:" in block]
     made = [block for block in blocks if block.startswith("run:")]
-    assert len(made) == len(plan.study("smoke"))
+    assert len(made) == len(design.study("smoke"))
     assert all("gres=gpu:1" in block and "threads: 16" in block and "runtime=720" in block for block in made)
     assert not any("gres" in block or "threads" in block for block in blocks if block.startswith("analysis"))
 

@@ -16,10 +16,10 @@ from kdlib.study import plan, profiles, runner, store
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
-    for cached in (plan.study, plan.cells, plan._identity):
+    for cached in (plan.study, design.cells, plan._identity):
         cached.cache_clear()
     yield tmp_path
-    for cached in (plan.study, plan.cells, plan._identity):
+    for cached in (plan.study, design.cells, plan._identity):
         cached.cache_clear()
 
 
@@ -39,7 +39,7 @@ def mine(tmp_path):
 
 
 def ids(profile: str, *kinds: str) -> set[str]:
-    return {step.id for step in plan.study(profile) if not kinds or step.kind in kinds}
+    return {step.id for step in design.study(profile) if not kinds or step.kind in kinds}
 
 
 def test_the_smoke_study_is_the_comparison_it_asks_for():
@@ -137,7 +137,7 @@ def test_a_grid_has_a_run_for_every_cell_and_seed(mine):
         "students": {"CE": {"objective": "ce"}, "deeper": {"layers": 2, "batch_size": 4}},
         "vary": {"kd_weight": [0.1, 0.5], "temperature": [1.0, 2.0]},
     }
-    found = plan.cells(mine(study={"grids": {"weights": grid}}), "weights")
+    found = design.cells(mine(study={"grids": {"weights": grid}}), "weights")
     varied = [f"kd_weight {weight}, temperature {temperature}" for weight in (0.1, 0.5) for temperature in (1.0, 2.0)]
     assert list(found) == ["CE", "deeper", *varied]
     assert all([step.parameters.seed for step in steps] == [1, 2] for steps in found.values())
@@ -151,7 +151,7 @@ def test_a_grid_has_a_run_for_every_cell_and_seed(mine):
 
 def test_what_targets_are_worth_is_measured_of_every_student_of_their_grid(mine):
     profile = mine(study={"grids": {"targets": {"seeds": [3], "students": {"few": {"targets": {"draws": 2}}, "as ever": {}}}}})
-    found = plan.cells(profile, "targets")
+    found = design.cells(profile, "targets")
     assert [step.kind for (step,) in found.values()] == ["fidelity", "fidelity"]
     assert found["few"][0].inputs["targets"].parameters.draws == 2
     assert found["few"][0].inputs["student"].parameters.seed == 3
@@ -160,14 +160,14 @@ def test_what_targets_are_worth_is_measured_of_every_student_of_their_grid(mine)
 def test_a_grid_is_part_of_the_study_once_it_was_asked_for(mine, home):
     grids = {name: {"seeds": [1], "students": {"deep": {"layers": layers}}} for name, layers in (("losses", 2), ("data", 3))}
     profile = mine(study={"grids": grids})
-    asked = plan.begun(profile, ["data"])
-    assert plan.begun(profile) == () and asked == ("data",)
-    assert {step.id for step in plan.study(profile, asked)} - ids(profile) == {plan.cells(profile, "data")["deep"][0].id}
-    plan.write(profile, asked)
-    assert plan.begun(profile) == ("data",) and plan.begun(profile, ["all"]) == ("data", "losses")
-    assert plan.begun(profile, ["losses"]) == ("data", "losses")
+    asked = design.begun(profile, ["data"])
+    assert design.begun(profile) == () and asked == ("data",)
+    assert {step.id for step in design.study(profile, asked)} - ids(profile) == {design.cells(profile, "data")["deep"][0].id}
+    design.write(profile, asked)
+    assert design.begun(profile) == ("data",) and design.begun(profile, ["all"]) == ("data", "losses")
+    assert design.begun(profile, ["losses"]) == ("data", "losses")
     written = store.read_json(home / "results" / "mine" / "plan.json")["grids"]["data"]
-    assert written["cells"] == [["deep", [plan.cells(profile, "data")["deep"][0].id]]]
+    assert written["cells"] == [["deep", [design.cells(profile, "data")["deep"][0].id]]]
     assert {entry["id"] for entry in written["runs"]} > {one for _, ids in written["cells"] for one in ids}
 
 
@@ -185,7 +185,7 @@ def test_a_grid_is_part_of_the_study_once_it_was_asked_for(mine, home):
 )
 def test_a_grid_that_cannot_be_made_is_refused_before_anything_runs(mine, grids, told):
     with pytest.raises(KdlibError, match=told):
-        plan.begun(mine(study={"grids": grids}), ["losses"])
+        design.begun(mine(study={"grids": grids}), ["losses"])
 
 
 def test_redrawn_targets_read_the_dense_ones_of_their_teacher():
@@ -329,16 +329,16 @@ def test_targets_of_another_temperature_than_the_students_are_refused_before_any
 
 
 def test_sources_are_part_of_the_corpus_they_make(monkeypatch):
-    before = {step.kind: step.id for step in plan.study("smoke")}
+    before = {step.kind: step.id for step in design.study("smoke")}
     plan.study.cache_clear()
     plan._identity.cache_clear()
     monkeypatch.setattr(plan.sources, "identity", lambda source: "another file")
-    assert {step.kind: step.id for step in plan.study("smoke")}["corpus"] != before["corpus"]
+    assert {step.kind: step.id for step in design.study("smoke")}["corpus"] != before["corpus"]
 
 
 @pytest.mark.parametrize("profile", ["smoke", "quick", "laptop", "gpu", "babylm", "paper"])
 def test_the_command_of_every_step_makes_that_very_step(profile):
-    for step in plan.study(profile, plan.begun(profile, ["all"])):
+    for step in design.study(profile, design.begun(profile, ["all"])):
         words = shlex.split(plan.command(step))
         assert words[:3] == ["python", "-m", "kdlib.study.runner"]
         options = runner._options(words[3:])
@@ -403,7 +403,7 @@ def test_a_study_is_planned_without_network(profile, monkeypatch, tmp_path):
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setenv("KDLIB_CACHE", str(tmp_path / "empty"))
-    assert plan.study(profile, plan.begun(profile, ["all"]))
+    assert design.study(profile, design.begun(profile, ["all"]))
 
 
 def test_a_mix_of_domains_that_the_corpus_lacks_is_refused_before_anything_runs():
@@ -427,20 +427,20 @@ def test_parameters_that_describe_no_run_are_refused():
 
 
 def test_the_written_plan_names_every_run_and_stays_untouched_while_true(home):
-    plan.write("smoke")
+    design.write("smoke")
     path = home / "results" / "smoke" / "plan.json"
     written = json.loads(path.read_text())
     assert [entry["id"] for entry in written["runs"]] == [step.id for step in plan.comparison("smoke")]
     before = path.stat()
-    plan.write("smoke")
+    design.write("smoke")
     assert path.stat().st_mtime_ns == before.st_mtime_ns and path.stat().st_ino == before.st_ino
 
 
 def test_a_plan_that_is_no_longer_true_is_written_anew(home, monkeypatch):
-    plan.write("smoke")
+    design.write("smoke")
     fewer = plan.comparison("smoke")[:3]
     monkeypatch.setattr(plan, "comparison", lambda profile: fewer)
-    plan.write("smoke")
+    design.write("smoke")
     assert [entry["id"] for entry in store.read_json(home / "results" / "smoke" / "plan.json")["runs"]] == [
         step.id for step in fewer
     ]
@@ -448,6 +448,6 @@ def test_a_plan_that_is_no_longer_true_is_written_anew(home, monkeypatch):
 
 
 def test_a_step_cannot_be_changed_after_its_id_is_known():
-    step = plan.study("smoke")[0]
+    step = design.study("smoke")[0]
     with pytest.raises(dataclasses.FrozenInstanceError):
         step.kind = "teacher"

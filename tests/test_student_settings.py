@@ -74,7 +74,7 @@ def step(profile, notebook="04_student", **changes):
 
 
 def make(profile, notebook="04_student", **changes):
-    return producers.make(step(profile, notebook, **changes))
+    return make_run(step(profile, notebook, **changes))
 
 
 def saved(run):
@@ -95,7 +95,7 @@ def train_split(profile):
 def test_a_student_learns_from_targets_that_another_tool_wrote(profile, tmp_path):
     train, cells = train_split(profile), {"kind": "topk", "top_k": 4}
     own = step(profile, targets=cells).inputs["targets"]
-    cache = producers.open_targets({"corpus": make(profile, "01_corpus"), "targets": producers.make(own)}, train, 1.0)
+    cache = producers.open_targets({"corpus": make(profile, "01_corpus"), "targets": make_run(own)}, train, 1.0)
     export_cache(cache, train, tmp_path / "targets.h5")
     taken = cells | {"source": str(tmp_path / "targets.h5")}
     student, alike = make(profile, targets=taken), make(profile, targets=cells)
@@ -276,7 +276,7 @@ def mean_by_document(split, values):
 def kept_documents(profile, **changes):
     """What a student that selects reads: ids, weights, and the split."""
     one = step(profile, **changes)
-    inputs = {name: producers.make(upstream) for name, upstream in one.inputs.items()}
+    inputs = {name: make_run(upstream) for name, upstream in one.inputs.items()}
     train = train_split(profile)
     targets = None
     if "targets" in inputs:
@@ -296,7 +296,7 @@ def test_a_selection_keeps_its_share_of_the_tokens_in_the_order_of_the_scores(pr
     assert weights is None
     # The scores anew, from all of the logits.
     scorer = make(profile, "02_teacher") if by.startswith("teacher") else make(profile, objective="ce", seed=1)
-    model = producers.load_model(scorer)
+    model = artefacts.load_model(scorer)
     log_p = dense_log_probs(model, train, block_length=32)
     values = -torch.where(log_p.isneginf(), 0, log_p.exp() * log_p).sum(1).numpy()
     if by != "teacher_entropy":
@@ -357,7 +357,7 @@ def test_a_weighted_student_reads_all_of_the_text_and_learns_most_of_what_scores
     kept, found, train = kept_documents(profile, **changes, selection=selection)
     assert kept is None and len(found) == len(train.tokens)
     scorer = make(profile, "02_teacher") if by == "teacher_nll" else make(profile, objective="ce", seed=1)
-    log_p, used = dense_log_probs(producers.load_model(scorer), train, block_length=32), predicting(train)
+    log_p, used = dense_log_probs(artefacts.load_model(scorer), train, block_length=32), predicting(train)
     values = np.zeros(len(train.tokens))
     values[used] = -log_p[used, train.tokens[used + 1].astype(np.int64)].numpy()
     scores, own = mean_by_document(train, values), mean_by_document(train, found)
@@ -461,7 +461,7 @@ def test_the_kl_of_a_fidelity_run_is_that_of_all_logits(profile):
     student = {"objective": "kd", "kd_weight": 1.0, "targets": {"kind": "dense"}}
     found = make(profile, "06_fidelity", student=student, tokens=100_000).metrics
     test = load_split(make(profile, "01_corpus").path / "data", "test")
-    teacher, model = (producers.load_model(run) for run in (make(profile, "02_teacher"), make(profile, **student)))
+    teacher, model = (artefacts.load_model(run) for run in (make(profile, "02_teacher"), make(profile, **student)))
     log_t, log_s = (dense_log_probs(one, test, block_length=32)[predicting(test)] for one in (teacher, model))
     assert found["teacher_kl"] == pytest.approx((log_t.exp() * (log_t - log_s)).sum(1).mean().item(), rel=1e-4)
 
