@@ -25,12 +25,11 @@ export PYTHONDONTWRITEBYTECODE :=
 	@touch $@
 
 paper: env  ## everything from raw text to the paper's PDF, for PROFILE (and its GRIDS); goes on where it was stopped
-	@$(RUN) kdlib.study.plan $(PROFILE) $(GRIDS)
-	$(RUN) snakemake --config profile=$(PROFILE)
+	$(RUN) snakemake --config profile=$(PROFILE) grids="$(GRIDS)"
 
 figures: env  ## tables, figures and the PDF again, from the results of PROFILE as they lie there
-	@$(RUN) kdlib.analysis.paper --profile $(PROFILE) --analyses | xargs -P 2 -I {} $(RUN) kdlib.study.runner notebooks/{}.ipynb --profile $(PROFILE)
-	$(RUN) kdlib.analysis.paper --profile $(PROFILE)
+	@$(RUN) kdlib paper --profile $(PROFILE) --analyses | xargs -P 2 -I {} $(RUN) kdlib run notebooks/{}.ipynb --profile $(PROFILE)
+	$(RUN) kdlib paper --profile $(PROFILE)
 
 test: env  ## everything that proves it works: unit tests, and the smoke profile through the pipeline
 	$(RUN) pytest -n 2 --dist loadscope

@@ -4,7 +4,7 @@ An *entry* is a row's worth of the comparison: one run with its method, its role
 entries beside the results; tables read them there, and infer nothing from names or settings.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -125,6 +125,32 @@ def cells(profile: str, name: str) -> dict[str, tuple[Step, ...]]:
 def study(profile: str, grids: tuple[str, ...] = ()) -> tuple[Step, ...]:
     """Every run of the profile's comparison and of the grids that are named, upstream first."""
     return tuple(with_upstream([*(one.step for one in comparison(profile)), *(one for name in grids for one in grid(profile, name))]))
+
+
+def wanted(profile: str, grids: Sequence[str] = ()) -> list[str]:
+    """Ids of the runs that tables are made of: those of entries and cells, and what these read but for scores.
+
+    Scores choose text and no table tells of them, so where what they chose is finished they are not made again.
+    """
+    ends = [one.step for one in comparison(profile)]
+    ends += [one for name in grids for steps in cells(profile, name).values() for one in steps]
+    return [one.id for one in with_upstream(ends) if one.kind != "scores"]
+
+
+def missing(profile: str, planned: Mapping[str, Step], wanted: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Ids of the runs to make, and of finished ones whose artefact these read and that is not there, upstream included.
+
+    Args:
+        planned: the study, by id; wanted: the ids that must be there in the end.
+    """
+    absent, lacking, waiting = set(), set(), [planned[one] for one in wanted if not store.find(profile, one)]
+    while waiting:
+        one = waiting.pop()
+        if one.id in absent | lacking or store.find(profile, one.id, with_artefact=True):
+            continue
+        (lacking if store.find(profile, one.id) else absent).add(one.id)
+        waiting += one.inputs.values()
+    return [one for one in planned if one in absent], [one for one in planned if one in lacking]
 
 
 def grid(profile: str, name: str) -> tuple[Step, ...]:
