@@ -67,9 +67,9 @@ class TargetCollator:
 class TargetLoss:
     """w * tau^2 * KL(t || s) + (1 - w) * CE over a batch of :class:`TargetCollator`, as a ``compute_loss_func``.
 
-    A sum over tokens, divided by the tokens of the whole optimisation step: the same however the step is cut into
-    micro-batches. The logits that a ``Trainer`` gives exist anyway; to do without, see
-    :func:`kdlib.losses.linear_distillation_loss`.
+    A sum over tokens, divided by the tokens of the whole optimisation step, which the ``Trainer`` of a causal LM counts
+    without the first label of each row: the same however the step is cut into micro-batches. The logits that a
+    ``Trainer`` gives exist anyway; to do without, see :func:`kdlib.losses.linear_distillation_loss`.
 
     Args:
         targets: those of the collator.
