@@ -9,8 +9,8 @@ The rule, in the order in which it applies:
    split :data:`ENOUGH` sources: whole files, and sections of long ones.
 3. *Sections* are what is left, where sources are few: every text is cut into contiguous sections, the longest of
    :data:`LENGTHS` that give every held-out split :data:`ENOUGH` of them. In the order of the hashes of their names they go to
-   the held-out splits until each comes nearest to its share; the rest is trained on. A split that no file names takes its
-   sections from the files of validation, else of train.
+   the held-out splits until each comes nearest to its share, no two of them side by side; the rest is trained on. A split
+   that no file names takes its sections from the files of validation, else of train.
 
 Wherever sections of two splits would be neighbours, the held-out one loses its edge, a *guard* that no split gets.
 """
@@ -220,19 +220,31 @@ def _by_share(sections: Sequence[_Section], says: Mapping[str, str], salt: str) 
     missing = [split for split in SHARES if split not in present]
     pool = "validation" if "validation" in present else "train"
     shared = [section for section in sections if says[section.text] == pool]
-    scale = sum(section.end - section.start for section in shared) / sum(SHARES[split] for split in (pool, *missing))
+    scale = _kept(shared, pool, missing) / sum(SHARES[split] for split in (pool, *missing))
+    place = {section.name: number for number, section in enumerate(shared)}
     got, count = Counter(), Counter()
     for section in sorted(shared, key=lambda section: fraction(f"{salt}/{section.name}")):
         # Taken only if that brings the split nearer to its share, or if it would else have too few to be resampled.
         lacking = [
             split for split in missing if got[split] + section.size / 2 < SHARES[split] * scale or count[split] < LEAST
         ]
-        if lacking and section.size >= MIN_CHARACTERS:
+        around = [shared[at] for at in (place[section.name] - 1, place[section.name] + 1) if 0 <= at < len(shared)]
+        apart = pool != "train" or all(other.text != section.text or splits[other.name] == "train" for other in around)
+        if lacking and apart and section.size >= MIN_CHARACTERS:
             split = min(lacking, key=lambda split: (got[split] / SHARES[split], SHARES[split]))
             splits[section.name] = split
             got[split] += section.size
             count[split] += 1
     return "sections" if present == {"train"} else "named by the files", splits
+
+
+def _kept(shared: Sequence[_Section], pool: str, missing: Sequence[str]) -> float:
+    """Characters of the pool that will be left once held-out sections have lost their edges."""
+    whole = sum(section.end - section.start for section in shared)
+    inner = sum(section.size for section in shared)
+    held_out = 1 if pool != "train" else 1 - SHARES[pool] / sum(SHARES[split] for split in (pool, *missing))
+    # Left = whole - held_out · left · (whole / inner - 1): what is held out loses that much for each character it keeps.
+    return whole / (1 + held_out * (whole / inner - 1)) if inner else 0
 
 
 def _require_enough(
@@ -251,7 +263,7 @@ def _require_enough(
     counts = Counter(splits[section.name] for section in sections if section.size >= MIN_CHARACTERS)
     short = [split for split in SHARES if split != "train" and counts[split] < LEAST]
     raise KdlibError(
-        f"The files of domain {domain!r} must give {' and '.join(short)} at least {LEAST} sections of {LENGTHS[-1]:,} characters, got "
+        f"The files of domain {domain!r} must give {', '.join(short)} at least {LEAST} sections of {LENGTHS[-1]:,} characters, got "
         f"{', '.join(str(counts[split]) for split in short)}. Give more text for {'validation' if 'validation' in present else 'these'}."
     )
 
