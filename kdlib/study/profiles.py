@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from kdlib.data import sources
+from kdlib.data.sources import Source
 from kdlib.errors import KdlibError
 from kdlib.study.parameters import (
     Adaptation,
@@ -108,6 +110,9 @@ class Profile(BaseModel):
     ensemble: EnsembleParameters
     analysis: AnalysisParameters
     study: Study
+    sources: dict[str, Source] = Field(
+        {}, description="sources of this profile alone, written as in sources.yaml; a relative path starts at the profile's file"
+    )
 
     @model_validator(mode="after")
     def _teachers_agree(self):
@@ -195,12 +200,22 @@ def _loaded(name: str, path: Path, modified: int) -> Profile:
     for section in ("corpus", "teacher", "targets", "student", "fidelity", "ensemble", "analysis"):
         if isinstance(values.get(section), dict):
             values[section] = {"profile": name, **values[section]}
+    for source in (values.get("sources") or {}).values():
+        if isinstance(source, dict) and isinstance(source.get("path"), str):
+            source["path"] = str(path.parent / Path(source["path"]).expanduser())
     found = _validated(Profile, values, f"profile {name!r}")
+    if known := sorted(found.sources.keys() & sources.catalogue().keys()):
+        raise KdlibError(f"`sources` of profile {path} must have new names, got {', '.join(known)} of sources.yaml. Rename them.")
     if found.name != path.stem:
         raise KdlibError(
             f"Profile {path} calls itself {found.name!r}, but its results are kept under {path.stem!r}. Give both one name."
         )
     return found
+
+
+def catalogue(profile: str) -> dict[str, Source]:
+    """Named sources of ``profiles/sources.yaml`` and of the profile itself."""
+    return sources.catalogue() | load(profile).sources
 
 
 def parameters(notebook: str, profile: str, /, **changes: Any) -> Parameters:
