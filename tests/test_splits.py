@@ -154,7 +154,7 @@ def test_files_that_name_no_split_or_two_are_refused(names, patterns, message):
 
 
 def test_many_files_are_split_whole_by_the_hash_of_their_names(tmp_path):
-    files = {f"{n:03d}.txt": prose(n, 400) for n in range(870)}
+    files = {f"text-{n:03d}.txt": prose(n, 400) for n in range(870)}
     table, entry = read(tmp_path, files)
     division = entry["division"]
     assert (division["rule"], division["section_characters"], division["guard_characters"]) == (splits.BY_HASH, None, 0)
