@@ -347,7 +347,7 @@ def test_a_domain_too_small_to_fill_every_split_is_refused(tmp_path, small):
 
 def test_a_split_that_repeated_texts_empty_is_refused(tmp_path, small):
     small["alpha"] = jsonl(tmp_path, "same", [words(0, 60)] * 200)
-    with pytest.raises(KdlibError, match="must have text of domain 'alpha', got none for 'validation' from 1 sources"):
+    with pytest.raises(KdlibError, match="must have text of domain 'alpha', got none for 'train' from 1 sources"):
         read_small(small)
 
 
