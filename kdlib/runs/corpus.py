@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field, PositiveInt, model_validator
 
-from kdlib.data import sources
+from kdlib.data import catalogue
 from kdlib.study import parameters
 from kdlib.study.plan import Planner, Step
 from kdlib.study.store import Run
@@ -44,7 +44,7 @@ def inputs(values: Parameters, plan: Planner) -> dict[str, Step]:
 def downloads(values: Parameters) -> dict[str, str]:
     """The carriers of its text and of the tokenizer."""
     names = [*values.domains, values.ood, *([values.tokenizer] if values.tokenizer != "train" else [])]
-    return sources.identities(names)
+    return catalogue.identities(names, values.profile)
 
 
 def label(values: Parameters) -> str:
@@ -62,8 +62,10 @@ def produce(step: Step, inputs: dict[str, Run], folder: Path) -> dict:
     values = step.parameters
     teacher = None
     if values.tokenizer != "train":
-        teacher = models.load_tokenizer(sources.model_path(values.tokenizer))
-    table, report = documents.read_documents(list(values.domains), values.ood, teacher)
+        teacher = models.load_tokenizer(catalogue.model_path(values.tokenizer, values.profile))
+    table, report = documents.read_documents(
+        list(values.domains), values.ood, teacher, catalogue=catalogue.known(values.profile)
+    )
     # Only text that will be trained on may choose the vocabulary.
     texts = _training_texts(table, values)
     if teacher is None:

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from kdlib.data import sources
+from kdlib.data import catalogue
 from kdlib.errors import KdlibError
 from kdlib.study import parameters
 from kdlib.study.plan import Planner, Step
@@ -96,7 +96,10 @@ def inputs(values: Parameters, plan: Planner) -> dict[str, Step]:
 
 def downloads(values: Parameters) -> dict[str, str]:
     """The file, if they come from one."""
-    return {"targets": sources.identity(sources.resolve(values.source))} if values.source.endswith(".h5") else {}
+    if not values.source.endswith(".h5"):
+        return {}
+    # By another name than its path, which does not matter.
+    return {"targets": catalogue.identities([values.source], values.profile)[values.source]}
 
 
 def label(values: Parameters) -> str:

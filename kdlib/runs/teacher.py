@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import Field, PositiveInt
 
-from kdlib.data import sources
+from kdlib.data import catalogue
 from kdlib.errors import KdlibError
 from kdlib.study import parameters
 from kdlib.study.plan import Planner, Step
@@ -49,7 +49,7 @@ def inputs(values: Parameters, plan: Planner) -> dict[str, Step]:
 
 def downloads(values: Parameters) -> dict[str, str]:
     """The carrier of its weights."""
-    return {} if values.adaptation == "scratch" else sources.identities([values.source])
+    return {} if values.adaptation == "scratch" else catalogue.identities([values.source], values.profile)
 
 
 def label(values: Parameters) -> str:
@@ -92,7 +92,7 @@ def _pretrained(values: Parameters, text: Run, tokenizer) -> tuple:
     from kdlib.data import vocabulary
     from kdlib.runs import artefacts
 
-    path = sources.model_path(values.source)
+    path = catalogue.model_path(values.source, values.profile)
     model, own = models.load_teacher(path).to(artefacts.device()), models.load_tokenizer(path)
     if vocabulary.fingerprint(own) == vocabulary.fingerprint(tokenizer):
         return model, {}

@@ -92,6 +92,9 @@ class Profile(BaseModel):
     description: str
     analysis: AnalysisParameters
     study: Study
+    sources: dict[str, Any] = Field(
+        {}, description="sources of this profile alone, written as in sources.yaml; a relative path starts at the profile's file"
+    )
 
     @model_validator(mode="after")
     def _teachers_agree(self):
@@ -170,6 +173,9 @@ def _loaded(name: str, path: Path, modified: int) -> Profile:
     for section in (*kinds(), "analysis"):
         if isinstance(values.get(section), dict):
             values[section] = {"profile": name, **values[section]}
+    for source in (values.get("sources") or {}).values():
+        if isinstance(source, dict) and isinstance(source.get("path"), str):
+            source["path"] = str(path.parent / Path(source["path"]).expanduser())
     found = _validated(profile_model(), values, f"profile {name!r}")
     if found.name != path.stem:
         raise KdlibError(
