@@ -223,7 +223,7 @@ class DistillationTrainer(Trainer):
 
     def training_step(self, *arguments, **options):
         """As that of the Trainer: loss and gradients of one micro-batch."""
-        with _repeatable() if self._compiled and self.args.device.type == "cpu" else nullcontext():
+        with repeatable() if self._compiled and self.args.device.type == "cpu" else nullcontext():
             return super().training_step(*arguments, **options)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -379,7 +379,7 @@ class _Progress(TrainerCallback):
 
 
 @contextmanager
-def _repeatable():
+def repeatable():
     """Deterministic algorithms within the block, and what was set before after it."""
     # The backward pass that torch.compile makes of an embedding adds rows in whichever order the threads come. Deterministic, it
     # adds them in their own order, by one thread; everything else in a step is repeatable as it is.
