@@ -254,9 +254,9 @@ def test_said_splits_are_part_of_the_identity_of_local_text(tmp_path):
 def test_file_names_are_the_same_in_every_locale(tmp_path):
     (tmp_path / "café.txt").write_text("some text")
     script = (
-        "import sys; from pathlib import Path; from kdlib.data import sources as s;"
+        "import sys; from pathlib import Path; from kdlib.data import archives, sources as s;"
         "source = s.PathSource(path=Path(sys.argv[1]), licence='mine');"
-        "print(ascii([name for name, _ in s.read_members(source.path, [])]), s.identity(source))"
+        "print(ascii([name for name, _ in archives.read_members(source.path, [])]), s.identity(source))"
     )
     outputs = {
         subprocess.run(

@@ -709,7 +709,7 @@ def test_several_processes_for_one_run_are_refused(tmp_path, monkeypatch):
 # Compilation
 
 
-def test_without_a_compiler_training_is_the_same(tmp_path, monkeypatch, capsys):
+def test_without_a_compiler_training_goes_on_uncompiled(tmp_path, monkeypatch, capsys):
     plain, _ = trained(tmp_path / "plain", validation=False)
     monkeypatch.setattr(shutil, "which", lambda _: None)
     fallback, _ = trained(tmp_path / "fallback", validation=False, changes={"compile": True})
@@ -921,6 +921,33 @@ def test_a_trainer_killed_at_random_moments_ends_with_the_weights_and_log_of_one
     assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
     assert sorted(os.listdir(tmp_path / "killed")) == sorted(os.listdir(tmp_path / "whole"))
     assert sorted(os.listdir(tmp_path / "killed/checkpoints")) == sorted(os.listdir(tmp_path / "whole/checkpoints"))
+
+
+def _train_compiled(folder, student, event):
+    torch.set_num_threads(2)
+    if event:
+        die_at(event, folder)
+    model = make_model(0, dropout=0.3) if student == "llama" else built(student, 0, dropout=0.3, width=32)
+    # Batches of some 500 tokens: with fewer, one thread alone adds up what the embedding gets.
+    changes = {"epochs": 4, "batch_size": 32, "compile": True}
+    after, _ = trained(folder, model, split=make_split(documents=120), validation=False, changes=changes)
+    torch.save(after, folder.parent / f"{folder.name}.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")), reason="needs a C++ compiler"
+)
+@pytest.mark.parametrize("student", ["llama", "gpt2"])  # GPT-2 looks up its positions too
+def test_two_threads_of_compiled_training_repeat_it_bit_for_bit_killed_or_not(tmp_path, student):
+    for name in ("whole", "again"):
+        assert exit_code(_train_compiled, tmp_path / name, student, 0) == 0
+    assert exit_code(_train_compiled, tmp_path / "killed", student, 40) == -signal.SIGKILL
+    assert newest_checkpoint(tmp_path / "killed" / "checkpoints") is not None
+    assert exit_code(_train_compiled, tmp_path / "killed", student, 0) == 0
+    whole = torch.load(tmp_path / "whole.pt")
+    for name in ("again", "killed"):
+        assert same(whole, torch.load(tmp_path / f"{name}.pt")) and logged(tmp_path / name) == logged(tmp_path / "whole")
 
 
 # After the last step

@@ -134,7 +134,7 @@ def linear_distillation_loss(
         chunk_tokens = max(group, chunk_tokens // group * group)
         term = partial(_by_autograd, temperature=temperature, divergence=divergence, options=options)
     loss, ce, kd = _LinearDistillation.apply(
-        hidden[rows], weight, bias, labels[rows], targets, token_weights, kd_weight, scale, dtype, chunk_tokens, term
+        hidden, weight, bias, rows, labels[rows], targets, token_weights, kd_weight, scale, dtype, chunk_tokens, term
     )
     return LossParts(loss, ce, kd if targets is not None else None, tokens)
 
@@ -162,11 +162,15 @@ def _defaults(divergence: str) -> dict[str, float]:
 
 class _LinearDistillation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, targets, token_weights, kd_weight, scale, dtype, chunk_tokens, term):
+    def forward(
+        ctx, hidden, weight, bias, tokens, labels, targets, token_weights, kd_weight, scale, dtype, chunk_tokens, term
+    ):
+        # Which of hidden's rows are tokens is known here: to select them outside would have autograd add each row's gradient
+        # back atomically.
         exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         w = weight.to(dtype)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device) if wants_weight else None
         grad_bias = torch.zeros(bias.shape, dtype=exact, device=weight.device) if wants_bias else None
         ce = torch.zeros((), dtype=exact, device=hidden.device)
@@ -178,7 +182,7 @@ class _LinearDistillation(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(labels), chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
-                h = hidden[rows].to(dtype)
+                h = hidden[tokens[rows]].to(dtype)
                 low, logits = low_buffer[: len(h)], exact_buffer[: len(h)]
                 head_logits(h, w, bias, logits, low)
                 part = None if targets is None else targets[rows]
@@ -193,7 +197,7 @@ class _LinearDistillation(torch.autograd.Function):
                     grad_bias += grad.sum(0)
                 g = grad if dtype == exact else low.copy_(grad)
                 if wants_hidden:
-                    grad_hidden[rows] = g @ w
+                    grad_hidden[tokens[rows]] = (g @ w).to(hidden.dtype)
                 if wants_weight:
                     # addmm_ accumulates without a second [V, D] buffer; half-precision products are added in float32.
                     if dtype == exact:
@@ -220,7 +224,7 @@ class _LinearDistillation(torch.autograd.Function):
             )
         return *(None if g is None else g * (grad_loss * ctx.scale).to(g.dtype) for g in ctx.saved_tensors), *(
             None,
-        ) * 8
+        ) * 9
 
 
 def _softmax_(logits: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,11 +63,12 @@ def attention_mask(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
             a softmax over nothing is NaN.
     """
     length = segments.shape[1]
-    same = (segments[:, :, None] == segments[:, None, :]) & (segments >= 0)[:, :, None]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    itself = torch.eye(length, dtype=torch.bool, device=segments.device)
-    seen = (same & causal | itself)[:, None]
-    return torch.zeros(seen.shape, dtype=dtype, device=segments.device).masked_fill(~seen, torch.finfo(dtype).min)
+    # Few passes over [B, T, T], in place: it is made anew for every step. No window has the number −2.
+    seen = segments[:, :, None] == segments.masked_fill(segments < 0, -2)[:, None, :]
+    seen &= torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    seen |= torch.eye(length, dtype=torch.bool, device=segments.device)
+    values = torch.tensor([0, torch.finfo(dtype).min], dtype=dtype, device=segments.device)
+    return torch.where(seen[:, None], values[0], values[1])
 
 
 def precision(setting: Literal["auto", "float32", "bfloat16"]) -> torch.dtype | None:

@@ -1,14 +1,15 @@
 """The trainer of every model: a transformers ``Trainer`` that computes its loss from hidden states.
 
-Logits never exist for more than a chunk of tokens (:mod:`kdlib.losses.fused`), and a killed run resumes to the same weights
-bit for bit.
+Logits never exist for more than a chunk of tokens (:mod:`kdlib.losses.fused`). On a CPU a run that is repeated, or killed and
+resumed, ends with the same weights bit for bit, compiled or not, with the same number of threads on the same kind of
+processor. Compiled and plain training agree to rounding; so do repeats on a GPU.
 """
 
 import math
 import os
 import shutil
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -194,6 +195,11 @@ class DistillationTrainer(Trainer):
             "final_loss": float(np.mean(losses[-20:])) if losses else None,
         }
 
+    def training_step(self, *arguments, **options):
+        """As that of the Trainer: loss and gradients of one micro-batch."""
+        with repeatable() if self._compiled and self.args.device.type == "cpu" else nullcontext():
+            return super().training_step(*arguments, **options)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Loss of one micro-batch, divided by the tokens of the whole optimisation step."""
         objective, kd_weight, temperature = self.objective, *self._at(self.state.global_step)
@@ -341,6 +347,22 @@ class _Progress(TrainerCallback):
         self.bar.close()
 
 
+@contextmanager
+def repeatable():
+    """Deterministic algorithms within the block, and what was set before after it."""
+    # The backward pass that torch.compile makes of an embedding adds rows in whichever order the threads come. Deterministic, it
+    # adds them in their own order, by one thread; everything else in a step is repeatable as it is.
+    enabled, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=warn_only or not enabled)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads memory that was not written
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
 def _can_compile(device: torch.device) -> bool:
     # Triton builds its launchers in C, the CPU backend its kernels in C++.
     names = (
@@ -349,6 +371,6 @@ def _can_compile(device: torch.device) -> bool:
     found = any(shutil.which(name) for name in names)
     if not found:
         print(
-            f"kdlib: no compiler ({' or '.join(names)}) found, so torch.compile is skipped; results are the same, training is slower."
+            f"kdlib: no compiler ({' or '.join(names)}) found, so torch.compile is skipped; results are equal to rounding, training is slower."
         )
     return found
