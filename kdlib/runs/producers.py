@@ -29,8 +29,10 @@ from kdlib.losses.features import FeatureLoss
 from kdlib.models import initialisation, low_precision
 from kdlib.study import plan, progress, store
 from kdlib.study.plan import Step
+from kdlib.study.work import Entry, Work, entry, total
 from kdlib.training import discard_checkpoints, train_model
 from kdlib.training.log import peak_resident_bytes
+from kdlib.training.work import output_layer
 
 if progress.batch():
     transformers.utils.logging.disable_progress_bar()
@@ -58,7 +60,7 @@ def make(step: Step, with_artefact: bool = False) -> store.Run:
             torch.cuda.reset_peak_memory_stats()
         metrics = PRODUCERS[step.kind](step, inputs, folder)
         gc.collect()
-        return metrics | {"cost": _cost(time.perf_counter() - started)}
+        return metrics | {"work": total(metrics.get("work", {})), "cost": _cost(time.perf_counter() - started)}
 
     return store.make(profile, step.id, step.settings, produce, with_artefact)
 
@@ -114,7 +116,7 @@ def _training_texts(table: pd.DataFrame, values) -> list[str]:
 def _teacher(step: Step, inputs: dict, folder: Path) -> dict:
     values = step.parameters
     data, tokenizer = _data(inputs["corpus"]), load_tokenizer(inputs["corpus"])
-    metrics, training = {}, None
+    metrics, training, works = {}, None, []
     if values.adaptation == "scratch":
         shape = models.Shape(layers=values.layers, hidden_size=values.hidden_size, heads=values.heads)
         model = models.build(shape, tokenizer, _block_length(inputs["corpus"]), values.seed).to(_device())
@@ -127,29 +129,30 @@ def _teacher(step: Step, inputs: dict, folder: Path) -> dict:
                 f"The corpus has a vocabulary of its own, which {values.source} does not share; use adaptation=scratch."
             )
         if values.adaptation == "frozen":
-            metrics["unpruned"] = {
-                "test": _unpruned(model, models.load_tokenizer(path), values.precision, inputs["corpus"])
-            }
+            unpruned, whole = _unpruned(model, models.load_tokenizer(path), values.precision, inputs["corpus"])
+            metrics["unpruned"], works = {"test": unpruned}, [{"evaluation": whole}]
         model = vocabulary.slice_model(model, np.load(kept))
     if values.adaptation != "frozen":
         if values.adaptation == "lora":
             model = models.lora(model, values.lora_rank, 2 * values.lora_rank, 0.0, values.seed)
         training = train_model(model, values, data, _block_length(inputs["corpus"]), folder, tokens=values.tokens)
+        works = [training.pop("work")]
         model = models.merge(model) if values.adaptation == "lora" else model
     evaluation = _evaluate(model, data, _block_length(inputs["corpus"]), values.precision)
     metrics |= _store(folder, evaluation) | {"training": training, "parameters": models.parameters_by_component(model)}
+    metrics["work"] = total(*works, {"evaluation": evaluation.work})
     _save(model, tokenizer, folder, step, metrics)
     return metrics
 
 
-def _unpruned(model, tokenizer, precision: str, corpus_run: store.Run) -> dict:
+def _unpruned(model, tokenizer, precision: str, corpus_run: store.Run) -> tuple[dict, Entry]:
     """The teacher with its whole vocabulary on the test documents, as a reference for what pruning costs."""
     table = pd.read_parquet(corpus_run.path / "data" / "documents.parquet")
     split = corpus.tokenise("test", table[table.split == "test"], tokenizer)
     found = evaluate(
         model, {"test": split}, _block_length(corpus_run), temperature=1.0, autocast=models.precision(precision)
     )
-    return {key: found.metrics["evaluation"]["test"][key] for key in ("bits_per_byte", "nll", "tokens", "bytes")}
+    return {key: found.metrics["evaluation"]["test"][key] for key in ("bits_per_byte", "nll", "tokens", "bytes")}, found.work
 
 
 def _targets(step: Step, inputs: dict, folder: Path) -> dict:
@@ -167,8 +170,18 @@ def _targets(step: Step, inputs: dict, folder: Path) -> dict:
         values.seed,
         block_length,
     )
+    taken = _pass_of(teacher).forward(*models.extent(split.windows(block_length)[:, 1]))
+    # A writer that was killed after its last shard has timed none.
+    seconds = metrics["tokens"] / metrics["tokens_per_second"] if metrics["tokens_per_second"] else None
     ran = isinstance(teacher, ModelTeacher)
-    return metrics | {"flops": models.flops_per_token(teacher.model, block_length) * metrics["tokens"] if ran else 0}
+    return metrics | {"flops": taken if ran else 0, "work": {"teacher_forward": entry(taken, seconds)}}
+
+
+def _pass_of(teacher) -> models.Operations:
+    """Of a model, or of what is left to do with dense targets; what a server or a file's writer computed is not known."""
+    if isinstance(teacher, ModelTeacher):
+        return models.operations(teacher.model)
+    return output_layer(teacher.head[0]) if isinstance(teacher, DenseTeacher) else models.Operations()
 
 
 def _targets_teacher(step: Step, inputs: dict, split: corpus.Split, tokenizer):
@@ -215,7 +228,7 @@ def _student(step: Step, inputs: dict, folder: Path) -> dict:
     if values.noise:
         model = initialisation.perturb(model, values.noise, values.seed)
     targets = open_targets(inputs, data["train"], values.temperature) if "targets" in inputs else None
-    data["train"], kept, weights = _text(step, inputs, data["train"], teacher, targets, block_length)
+    data["train"], kept, weights, reading = _text(step, inputs, data["train"], teacher, targets, block_length)
     loop = values.objective == "online_kd"
     training = train_model(
         model,
@@ -237,10 +250,12 @@ def _student(step: Step, inputs: dict, folder: Path) -> dict:
         weights=weights,
         multipliers=values.learning_rate_multipliers,
     )
+    work = training.pop("work")
     if loop:
-        training["teacher_flops"] = models.flops_per_token(teacher, block_length) * training["teacher_tokens"]
+        training["teacher_flops"] = work["teacher_forward"]["flops"]
     evaluation = _evaluate(model, data, block_length, values.precision)
     metrics = _store(folder, evaluation) | {"training": training, "parameters": models.parameters_by_component(model)}
+    metrics["work"] = total(work, reading, {"evaluation": evaluation.work})
     _save(model, tokenizer, folder, step, metrics)
     return metrics
 
@@ -269,39 +284,50 @@ def _features(values, student, teacher) -> FeatureLoss | None:
 
 def _text(
     step: Step, inputs: dict, train: corpus.Split, teacher, targets: TargetCache | None, block_length: int
-) -> tuple[corpus.Split, list[str] | None, np.ndarray | None]:
-    """The split to train on, the documents of it that are kept (None: all), and its positions' weights (None: all alike)."""
+) -> tuple[corpus.Split, list[str] | None, np.ndarray | None, Work]:
+    """The split to train on, the documents of it that are kept (None: all), its positions' weights (None: all alike), and the
+    work of writing or scoring it."""
     values, tokenizer, chosen = step.parameters, load_tokenizer(inputs["corpus"]), step.parameters.selection
     tokens = int(train.documents.tokens.sum())
     if values.text == "uniform":
-        return synthetic.uniform(tokenizer, tokens, block_length, values.seed), None, None
+        return synthetic.uniform(tokenizer, tokens, block_length, values.seed), None, None, {}
     if values.text == "unigram":
-        return synthetic.unigram(train, tokenizer, tokens, block_length, values.seed), None, None
+        return synthetic.unigram(train, tokenizer, tokens, block_length, values.seed), None, None, {}
     if values.text == "teacher":
         # A step of generation takes a GPU as long for few documents as for many.
         rows = 32 if teacher.device.type == "cpu" else 512
-        return synthetic.sampled(teacher, tokenizer, tokens, block_length, values.seed, batch_size=rows), None, None
+        started = time.perf_counter()
+        text = synthetic.sampled(teacher, tokenizer, tokens, block_length, values.seed, batch_size=rows)
+        # With the keys and values of the tokens before kept, each token passes once; what a batch goes on with after a
+        # document's end is not counted.
+        flops = models.operations(teacher).forward(*models.extent(text.windows(block_length)[:, 1]))
+        return text, None, None, {"generation": entry(flops, time.perf_counter() - started)}
     if chosen is None:
-        return train, None, None
+        return train, None, None, {}
     if chosen.mode == "weighted":
-        weights = selection.weights(_scores(chosen.by, inputs, train, targets, block_length), chosen.temperature)
-        return train, None, np.repeat(weights.to_numpy(), np.diff(train.offsets))
+        table, work = _scores(chosen.by, inputs, train, targets, block_length)
+        weights = selection.weights(table, chosen.temperature)
+        return train, None, np.repeat(weights.to_numpy(), np.diff(train.offsets)), work
     budget = round(chosen.share * tokens)
     if chosen.domains:
         # Before the scores, which take a while.
         budget = selection.mix(train.documents, budget, chosen.domains)
-    table = train.documents if chosen.by is None else _scores(chosen.by, inputs, train, targets, block_length)
-    return train, selection.choose(table, budget, chosen.mode, values.seed), None
+    table, work = (train.documents, {}) if chosen.by is None else _scores(chosen.by, inputs, train, targets, block_length)
+    return train, selection.choose(table, budget, chosen.mode, values.seed), None, work
 
 
-def _scores(by: str, inputs: dict, train: corpus.Split, targets: TargetCache | None, block_length: int) -> pd.DataFrame:
+def _scores(
+    by: str, inputs: dict, train: corpus.Split, targets: TargetCache | None, block_length: int
+) -> tuple[pd.DataFrame, Work]:
+    work: Work = {}
     if by == "student_nll":
         found = evaluate(load_model(inputs["scorer"]), {"train": train}, block_length, temperature=1.0)
         scores = np.zeros(len(train.tokens))
         scores[predicting_positions(train)] = -found.target_logprobs["train"]
+        work = {"scoring": found.work}
     else:
         scores = targets.statistics(np.arange(len(train.tokens)))[by.removeprefix("teacher_")]
-    return selection.scores(train, scores)
+    return selection.scores(train, scores), work
 
 
 def _ensemble(step: Step, inputs: dict, folder: Path) -> dict:
@@ -314,6 +340,7 @@ def _ensemble(step: Step, inputs: dict, folder: Path) -> dict:
     metrics = _store(folder, evaluation) | {
         "members": [run.id for run in members.values()],
         "parameters": {name: sum(one[name] for one in counted) for name in counted[0]},
+        "work": {"evaluation": evaluation.work},
     }
     _save(model, tokenizer, folder, step, metrics)
     return metrics
@@ -331,13 +358,16 @@ def _fidelity(step: Step, inputs: dict, folder: Path) -> dict:
         np.random.default_rng(0).permutation(corpus.pack(data[name].windows(block_length), block_length))[:rows]
         for name in ("train", "test")
     )
-    fresh = _untrained(settings, load_tokenizer(inputs["corpus"]), block_length)
+    fresh, started = _untrained(settings, load_tokenizer(inputs["corpus"]), block_length), time.perf_counter()
     initial, trained = fidelity.gradient_angles([fresh, student], teacher, cache, data["train"], train)
+    distance = fidelity.divergence(student, teacher, data["test"], test)
+    flops = fidelity.flops(student, teacher.model, cache, train, test)
     evaluated = inputs["student"].metrics["evaluation"]["test"]
     return {
+        "work": {"evaluation": entry(flops, time.perf_counter() - started)},
         "angle_initial": initial,
         "angle_trained": trained,
-        "teacher_kl": fidelity.divergence(student, teacher, data["test"], test),
+        "teacher_kl": distance,
         "bytes_per_token": inputs["targets"].metrics["bytes_per_token"],
         "entries_per_token": inputs["targets"].metrics["distinct_ids_per_token"],
         "test": {name: evaluated[name] for name in ("nll", "ece", "full_ece", "nll_calibrated")},

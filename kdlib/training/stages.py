@@ -12,6 +12,7 @@ import pandas as pd
 from kdlib.data import corpus
 from kdlib.losses.features import FeatureLoss
 from kdlib.study.schedules import Stage, stage_ends
+from kdlib.study.work import total
 from kdlib.training.optimizer import steps
 from kdlib.training.trainer import DistillationTrainer
 
@@ -43,7 +44,7 @@ def train_model(
         multipliers, features, options: as :class:`kdlib.training.DistillationTrainer` takes them.
 
     Returns:
-        tokens, teacher_tokens, steps, seconds, tokens_per_second, flops, peak_memory_bytes, final_loss.
+        tokens, teacher_tokens, steps, seconds, tokens_per_second, flops, peak_memory_bytes, final_loss, work.
     """
     split, validation = data["train"], data["validation"]
     windows = split.windows(block_length, documents)
@@ -77,6 +78,7 @@ def train_model(
         "tokens_per_second": sums["tokens"] / sums["seconds"] if sums["tokens"] else None,
         "peak_memory_bytes": max(one["peak_memory_bytes"] for one in found),
         "final_loss": found[-1]["final_loss"],
+        "work": total(*(one["work"] for one in found)),
     }
 
 
