@@ -380,7 +380,8 @@ def test_a_student_with_projectors_is_saved_without_them(profile):
     run, plain = make(profile, **shape, **feature), make(profile, **shape)
     assert saved(run).keys() == saved(plain).keys() and not same(saved(run), saved(plain))
     assert run.metrics["parameters"] == plain.metrics["parameters"]
-    assert run.metrics["training"]["flops"] == plain.metrics["training"]["flops"]
+    # The projectors' products, and the second backward pass that balancing takes.
+    assert run.metrics["training"]["flops"] > plain.metrics["training"]["flops"]
     for row in log(run):
         mixed = 0.9 * float(row["kd"]) + 0.1 * float(row["ce"]) + 2 * float(row["feature"])
         assert float(row["loss"]) == pytest.approx(mixed, rel=1e-5)

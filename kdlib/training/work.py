@@ -40,8 +40,8 @@ class Text(NamedTuple):
 class FeatureOperations(NamedTuple):
     """Operations of a loss on features, forward and backward: per token, and per pair of a token and one that it sees."""
 
-    token: int = 0
-    pair: int = 0
+    token: int
+    pair: int
 
 
 def training_work(
@@ -67,7 +67,7 @@ def training_work(
         balanced: whether the gradient of ``features`` was balanced with the main one.
     """
     counted, (seen, pairs) = models.operations(student), models.extent(models.window_lengths(index))
-    tokens, seconds = (kind(rows[-1][name]) if rows else kind(0) for kind, name in ((int, "tokens"), (float, "seconds")))
+    tokens, seconds = (int(rows[-1]["tokens"]), float(rows[-1]["seconds"])) if rows else (0, 0.0)
     asks, head = teacher is not None, getattr(targets, "head", None)
     flops = training_flops(
         counted,
@@ -76,7 +76,7 @@ def training_work(
         models.operations(teacher) if asks else output_layer(head[0]) if head else None,
         divergence,
         options,
-        feature_operations(features, student, teacher),
+        None if features is None else feature_operations(features, student, teacher),
         balanced and features is not None,
     )
     measured = [float(row["validation_seconds"]) for row in rows if row["validation_seconds"]]
@@ -95,7 +95,7 @@ def training_flops(
     teacher: Operations | None = None,
     divergence: str = "forward_kl",
     options: dict | None = None,
-    features: FeatureOperations = FeatureOperations(),
+    features: FeatureOperations | None = None,
     balanced: bool = False,
 ) -> dict[str, int]:
     """Operations of all steps: ``train`` (the student and the losses), ``teacher_forward`` (soft targets).
@@ -110,7 +110,8 @@ def training_flops(
     """
     seen = text.pairs / max(1, text.tokens)
     train = student.forward(text.tokens, text.pairs) + student.backward(text.tokens, text.pairs)
-    train += text.tokens * features.token + text.pairs * features.pair
+    if features is not None:
+        train += text.tokens * features.token + text.pairs * features.pair
     train += text.distilled * group_flops(divergence, options, vocabulary)
     if balanced:
         train += student.body_backward * text.tokens + student.attention_backward * text.pairs
@@ -137,14 +138,12 @@ def group_flops(divergence: str, options: dict | None, vocabulary: int) -> int:
     return 4 * int(group) * vocabulary
 
 
-def feature_operations(features: FeatureLoss | None, student: nn.Module, teacher: nn.Module) -> FeatureOperations:
+def feature_operations(features: FeatureLoss, student: nn.Module, teacher: nn.Module) -> FeatureOperations:
     """Operations of a loss on features: its projectors' products, and the relations A·Aᵀ of both models.
 
     Projectors cost three products (forward, and the gradients of weights and hidden states), a student's relation three,
     a teacher's one. Distances are elementwise.
     """
-    if features is None:
-        return FeatureOperations()
     projected = sum(6 * one.weight.numel() for one in features.projectors.values())
     related = sum(
         6 * _width(student, name) + 2 * _width(teacher, name) * len(teachers)
