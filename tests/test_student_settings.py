@@ -281,7 +281,7 @@ def kept_documents(profile, **changes):
     targets = None
     if "targets" in inputs:
         targets = producers.open_targets(inputs, train, one.parameters.temperature)
-    split, kept, weights = producers._text(one, inputs, train, None, targets, 32)
+    split, kept, weights, _ = producers._text(one, inputs, train, None, targets, 32)
     assert split is train
     return kept, weights, train
 
