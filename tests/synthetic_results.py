@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from kdlib.study import design, profiles, store
 from kdlib.runs import corpus, teacher
+from kdlib.study import design, profiles, store
+from kdlib.study.work import entry, total
 
 SPLITS = ("validation", "calibration", "test", "ood")
 NLL = {"frozen": 3.4, "lora": 3.1, "full": 3.05, "scratch": 3.6, "ce": 4.95, "kd": 4.86, "online_kd": 4.85}
@@ -40,6 +41,7 @@ def write(profile: str, sources: int = 12, seed: int = 0, grids: Sequence[str] =
         metrics |= {"corpus": _corpus, "targets": _targets, "scores": _scores, "fidelity": _fidelity}.get(step.kind, _model)(
             step, documents, folder, rng
         )
+        metrics["work"] = _work(step, metrics)
         store.write_json(folder / "settings.json", step.settings)
         store.write_json(
             folder / "provenance.json", {"started": "2024-05-01T00:00:00Z", "seconds": 0.0, "device": "invented processor, 2 threads"}
@@ -47,6 +49,17 @@ def write(profile: str, sources: int = 12, seed: int = 0, grids: Sequence[str] =
         store.write_json(folder / "metrics.json", metrics)
     design.write(profile, tuple(grids))
     return store.results(profile)
+
+
+def _work(step, metrics) -> dict:
+    """What the run computed itself, as its metrics have it."""
+    if step.kind == "targets":
+        return total({"teacher_forward": entry(metrics["flops"], metrics["tokens"] / metrics["tokens_per_second"])})
+    measured = {"evaluation": entry(2e12, 20.0)} if "evaluation" in metrics else {}
+    if not (training := metrics.get("training")):
+        return total(measured)
+    asked = {"teacher_forward": entry(training["teacher_flops"])} if "teacher_flops" in training else {}
+    return total({"train": entry(training["flops"], training["seconds"])}, asked, measured)
 
 
 def _documents(corpus: corpus.Parameters, sources: int) -> pd.DataFrame:

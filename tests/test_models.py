@@ -7,7 +7,6 @@ import pytest
 import torch
 import yaml
 from pydantic import ValidationError
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdlib import models
@@ -284,61 +283,6 @@ def test_an_untied_head_is_counted_as_head(tokenizer):
     model.set_output_embeddings(torch.nn.Linear(16, len(tokenizer)))
     counts = models.parameters_by_component(model)
     assert counts["head"] == 17 * len(tokenizer) and counts["embedding"] == 16 * len(tokenizer)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_flops_are_those_the_operators_count(tokenizer, architecture):
-    # Wide enough that biases and norms, which the formula counts as matrices, are below 1 %.
-    wide = shape(architecture, hidden_size=128, heads=4)
-    model, ids = models.build(wide, tokenizer, 128, 0, "eager"), torch.zeros(2, 96, dtype=torch.long)
-    with FlopCounterMode(display=False) as forward:
-        loss = model(ids, use_cache=False).logits.sum()
-    predicted = models.flops_per_token(model, context=96) * ids.numel()
-    assert predicted == pytest.approx(forward.get_total_flops(), rel=0.01)
-    with FlopCounterMode(display=False) as backward:
-        loss.backward()
-    assert 3 * predicted == pytest.approx(forward.get_total_flops() + backward.get_total_flops(), rel=0.01)
-
-
-def counted(model):
-    """Operations per token of a forward and a backward pass through everything above the embedding, by operator."""
-    ids = torch.zeros(2, 96, dtype=torch.long)
-    # The first layer hands a gradient down as well, as the formula has it for every layer.
-    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
-    with FlopCounterMode(display=False) as counter:
-        model(inputs_embeds=embedded, use_cache=False).logits.sum().backward()
-    return counter.get_total_flops() / ids.numel()
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_frozen_matrix_costs_no_gradient_of_its_own(tokenizer, architecture):
-    wide = shape(architecture, hidden_size=128, heads=4)
-    model = models.build(wide, tokenizer, 128, 0, "eager")
-    three = 3 * models.flops_per_token(model, context=96)
-    assert models.training_flops_per_token(model, context=96) == three
-
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".mlp." not in name)
-    without = models.training_flops_per_token(model, context=96)
-    assert without == three - 2 * models.parameters_by_component(model)["mlp"]
-    assert without == pytest.approx(counted(model), rel=0.01)
-
-    adapted = models.lora(model, rank=16, alpha=32, dropout=0.0, seed=0)
-    found = models.training_flops_per_token(adapted, context=96)
-    assert found == pytest.approx(counted(adapted), rel=0.01)
-    inner, head = models.parameters_by_component(model)["non_embedding"], model.get_output_embeddings().weight.numel()
-    assert found == 3 * models.flops_per_token(adapted, context=96) - 2 * (inner + head)
-    assert found < three
-
-
-def test_a_frozen_head_of_its_own_costs_no_gradient_and_an_embedding_never_does(tokenizer):
-    model = build(tokenizer)
-    model.set_output_embeddings(torch.nn.Linear(16, len(tokenizer)))
-    whole = models.training_flops_per_token(model, context=32)
-    model.get_input_embeddings().requires_grad_(False)
-    assert models.training_flops_per_token(model, context=32) == whole
-    model.get_output_embeddings().requires_grad_(False)
-    assert models.training_flops_per_token(model, context=32) == whole - 2 * 16 * len(tokenizer)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

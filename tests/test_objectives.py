@@ -20,7 +20,7 @@ from test_training import (
     trained,
     weights,
 )
-from tiny import BLOCK, VOCABULARY, make_model, make_split
+from tiny import VOCABULARY, make_model, make_split
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 
@@ -31,6 +31,7 @@ from kdlib.losses.divergences import divergence_loss
 from kdlib.losses.features import FeatureLoss
 from kdlib.study.schedules import Schedule
 from kdlib.training import LOG_COLUMNS, DistillationTrainer, newest_checkpoint, read_log
+from kdlib.training.work import training_work
 
 SPLIT = make_split(documents=20)
 
@@ -297,7 +298,9 @@ def test_projectors_are_trained_kept_in_checkpoints_and_gone_in_the_end(tmp_path
     plain = make_model(0)
     assert student.state_dict().keys() == plain.state_dict().keys()
     assert models.parameters_by_component(student) == models.parameters_by_component(plain)
-    assert about["flops"] == 3 * models.flops_per_token(plain, BLOCK) * about["tokens"]
+    projectors = 6 * sum(one.weight.numel() for one in features.projectors.values()) * about["tokens"]
+    alone = training_work(plain, read_log(tmp_path / "log.csv"), trainer.train_dataset.index, trainer.validation[1])
+    assert projectors and about["flops"] == alone["train"]["flops"] + projectors
 
 
 @pytest.mark.parametrize("rule", [None, balance.project], ids=["added", "project"])

@@ -270,6 +270,24 @@ def test_set_up_and_cost_come_from_the_runs(synthetic):
     assert cost.bytes_per_token["writing targets"] == 36
 
 
+def test_the_cost_of_a_method_is_that_of_all_upstream_each_once(synthetic):
+    cost = accounts.cost("smoke").set_index("what")
+    (targets,) = accounts._of_kind("smoke", "targets")
+    written, own = targets.metrics["flops"], cost.flops["CE student"]
+    assert cost.total_flops["CE student"] == cost.train_flops["CE student"] == own
+    assert cost.total_flops["KD ensemble (logit pool)"] == 2 * own + written
+    assert cost.teacher_forward_flops["KD ensemble (logit pool)"] == written == cost.flops["writing targets"]
+    # A teacher's own training is in its own row, and apart from the rows of those that it taught.
+    taught = store.find("smoke", targets.settings["inputs"]["teacher"])
+    trained = taught.metrics["training"]["flops"]
+    teacher = comparison.TEACHERS[taught.settings["parameters"]["adaptation"]]
+    assert cost.total_flops[teacher] == cost.train_flops[teacher] == trained > 0
+    assert cost.teacher_training_flops["KD student"] == cost.teacher_training_flops["KD ensemble (logit pool)"] == trained
+    assert cost.teacher_training_flops["CE student"] == cost.teacher_training_flops[teacher] == 0
+    # Evaluating members, teacher and pool is no part of the making.
+    assert cost.evaluation_flops["CE ensemble (logit pool)"] == 3 * cost.evaluation_flops["CE student"] > 0
+
+
 def test_set_up_is_what_was_run_whatever_the_profile_says_now(synthetic, monkeypatch):
     before = accounts.setup("smoke", 1000)
     # All that is left of the profile is its name.

@@ -281,7 +281,7 @@ def kept_documents(profile, **changes):
     targets = None
     if "targets" in inputs:
         targets = producers.open_targets(inputs, train, one.parameters.temperature)
-    split, kept, weights = producers._text(one, inputs, train, None, targets, 32)
+    split, kept, weights, _ = producers._text(one, inputs, train, None, targets, 32)
     assert split is train
     return kept, weights, train
 
@@ -380,7 +380,8 @@ def test_a_student_with_projectors_is_saved_without_them(profile):
     run, plain = make(profile, **shape, **feature), make(profile, **shape)
     assert saved(run).keys() == saved(plain).keys() and not same(saved(run), saved(plain))
     assert run.metrics["parameters"] == plain.metrics["parameters"]
-    assert run.metrics["training"]["flops"] == plain.metrics["training"]["flops"]
+    # The projectors' products, and the second backward pass that balancing takes.
+    assert run.metrics["training"]["flops"] > plain.metrics["training"]["flops"]
     for row in log(run):
         mixed = 0.9 * float(row["kd"]) + 0.1 * float(row["ce"]) + 2 * float(row["feature"])
         assert float(row["loss"]) == pytest.approx(mixed, rel=1e-5)

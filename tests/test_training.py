@@ -567,7 +567,9 @@ def test_the_log_has_a_row_a_step_with_its_losses_tokens_and_learning_rate(tmp_p
     assert (batch_tokens > 0).all() and (batch_tokens <= 2 * 4 * BLOCK).all() and sum(batch_tokens) <= 3 * labels
     assert about["tokens"] == sum(batch_tokens) and about["steps"] == total
     assert about["final_loss"] == pytest.approx(np.mean([float(row["loss"]) for row in taken][-20:]))
-    assert about["flops"] == 3 * models.flops_per_token(trainer.model, BLOCK) * about["tokens"]
+    seen, pairs = models.extent(models.window_lengths(trainer.train_dataset.index))
+    step = 3 * models.operations(trainer.model).forward(about["tokens"], about["tokens"] * pairs / seen)
+    assert about["flops"] == about["work"]["train"]["flops"] == pytest.approx(step, abs=2)
     assert capsys.readouterr().out == ""
 
 
@@ -682,9 +684,9 @@ def test_tokens_of_the_teacher_are_all_or_none_without_a_schedule(tmp_path):
 
 def test_frozen_parameters_are_not_charged_for_gradients_of_their_own(tmp_path):
     trainer = make_trainer(tmp_path, multipliers={"mlp": 0})
-    about, model = trainer.fit(), trainer.model
-    frozen = models.parameters_by_component(model)["mlp"]
-    assert about["flops"] == (3 * models.flops_per_token(model, BLOCK) - 2 * frozen) * about["tokens"]
+    about, whole = trainer.fit(), make_trainer(tmp_path / "whole").fit()
+    frozen = models.parameters_by_component(trainer.model)["mlp"]
+    assert about["flops"] == whole["flops"] - 2 * frozen * about["tokens"]
 
 
 # One process and one device

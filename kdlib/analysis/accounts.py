@@ -5,7 +5,7 @@ from inspect import signature
 import numpy as np
 import pandas as pd
 
-from kdlib.analysis import comparison, statistics
+from kdlib.analysis import comparison, ledger, statistics
 from kdlib.study import design, profiles, store
 
 TEACHERS = {
@@ -116,46 +116,68 @@ def cost(profile: str) -> pd.DataFrame:
     """Work and quality of every method, and of writing targets, a row each, averaged over runs.
 
     ``flops``, ``tokens``, ``seconds`` and ``tokens_per_second`` are of training (of writing, for targets), summed over the
-    members of an ensemble; the speed is all tokens by all seconds. ``peak_memory_bytes`` is the most that a run allocated on
-    its GPU, or its process held without one, the evaluation included; of an ensemble that of the largest member.
-    ``total_flops`` adds what the teacher computed for the targets. ``nll`` is on test text.
+    members of an ensemble; ``flops`` includes what a step asks of a teacher; the speed is all tokens by all seconds.
+    ``peak_memory_bytes`` is the most that a run allocated on its GPU, or its process held without one, the evaluation
+    included; of an ensemble that of the largest member.
+
+    All else is over the union of the runs upstream (:mod:`kdlib.analysis.ledger`): ``<category>_flops`` and
+    ``<category>_seconds`` without the training of teachers, but that of the teacher which the row is about;
+    ``teacher_training_flops``, which that leaves out; ``total_flops``, all but evaluation and teachers' training. ``nll`` is on
+    test text.
     """
     models = comparison.models(profile)
-    rows = [_written(run) for run in _of_kind(profile, "targets")]
+    rows = [_written(run) | _upstream(profile, [run]) for run in _of_kind(profile, "targets")]
     for method, group in models[models.objective != "untrained"].groupby("method", sort=False):
         work = pd.DataFrame([_work(row) for _, row in group.iterrows()]).mean()
         metrics = group.run.iloc[0].metrics
         size = {"parameters": metrics["parameters"]["total"], "non_embedding": metrics["parameters"]["non_embedding"]}
         nll = np.mean([run.metrics["evaluation"]["test"]["nll"] for run in group.run])
-        rows.append({"what": method, "runs": len(group), **size, **work, "total_flops": group.flops.mean(), "nll": nll})
+        rows.append({"what": method, "runs": len(group), **size, **work, **_upstream(profile, list(group.run)), "nll": nll})
     return pd.DataFrame(rows).assign(tokens_per_second=lambda table: table.tokens / table.seconds)
+
+
+def _upstream(profile: str, runs: list[store.Run]) -> dict:
+    """By category, over the union of what lies upstream of a run; the mean over ``runs``."""
+    rows = []
+    for run in runs:
+        with_teacher, without = (ledger.cost(profile, run, training) for training in (True, False))
+        counted = with_teacher if run.kind == "teacher" else without
+        row = {f"{name}_{column}": counted[column][name] for column in counted for name in counted.index}
+        left_out = (with_teacher - counted).flops.sum()
+        rows.append(row | {"teacher_training_flops": left_out, "total_flops": counted.flops[list(ledger.MAKING)].sum()})
+    return pd.DataFrame(rows).mean().to_dict()
 
 
 def _written(run: store.Run) -> dict:
     metrics = run.metrics
     # A writer that was killed after its last shard has timed none.
     seconds = metrics["tokens"] / (metrics["tokens_per_second"] or np.nan)
-    found = {name: metrics[name] for name in ("tokens", "flops", "bytes_per_token")}
     return {
         "what": "writing targets",
         "format": metrics.get("format", 2),  # version 3 was the first to be told
         "runs": 1,
+        "tokens": metrics["tokens"],
         "seconds": seconds,
+        "flops": _making(run),
+        "bytes_per_token": metrics["bytes_per_token"],
         "peak_memory_bytes": _peak(metrics["cost"]),
-        **found,
     }
 
 
 def _work(row: pd.Series) -> dict:
     parts = [row.run.beside(member) for member in row.members] or [row.run]
     training = [part.metrics["training"] for part in parts]
-    names = ("tokens", "seconds", "flops")
+    names = ("tokens", "seconds")
     if None in training:
-        return dict.fromkeys((*names, "peak_memory_bytes"), np.nan)
-    summed = {name: sum(part[name] for part in training) for name in names}
+        return dict.fromkeys((*names, "flops", "peak_memory_bytes"), np.nan)
+    summed = {name: sum(part[name] for part in training) for name in names} | {"flops": sum(map(_making, parts))}
     # The cost is that of the last process; one that was killed may have taken more while it trained.
     peaks = [max(_peak(part.metrics["cost"]), part.metrics["training"].get("peak_memory_bytes", 0)) for part in parts]
     return summed | {"peak_memory_bytes": max(peaks)}
+
+
+def _making(run: store.Run) -> float:
+    return sum(ledger.work(run)[name]["flops"] for name in ledger.MAKING)
 
 
 def _peak(cost: dict) -> int:

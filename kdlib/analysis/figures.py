@@ -92,6 +92,17 @@ def seeds(axis: Axes, table: pd.DataFrame, column: str, form: str = ".3f") -> No
     axis.locator_params(axis="x", nbins=4)
 
 
+def stacked(axis: Axes, table: pd.DataFrame, label: str, columns: dict[str, str]) -> None:
+    """A bar per row of ``table``, top first, of the sums of ``columns`` (column: its name); those that are 0 throughout are left out."""
+    tints = dict(zip(columns, ("#0072B2", "#D55E00", "#CC79A7", "#E69F00", "#cccccc", "#999999"), strict=False))
+    begin = np.zeros(len(table))
+    for column in [name for name in columns if table[name].any()]:
+        axis.barh(range(len(table)), table[column], left=begin, color=tints[column], label=columns[column], height=0.65)
+        begin += table[column].to_numpy()
+    _lines(axis, list(table[label]))
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize=7, handlelength=1)
+
+
 def height(lines: int) -> float:
     """Inches for panels with that many lines of :func:`dots` or :func:`seeds`."""
     return 0.7 + 0.22 * lines

@@ -51,6 +51,22 @@ def divergence(
     return total / tokens
 
 
+def flops(
+    student: torch.nn.Module, teacher: torch.nn.Module, cache: TargetCache, train: np.ndarray, test: np.ndarray
+) -> int:
+    """Operations of :func:`gradient_angles` for two students of one shape, and of :func:`divergence`, on packed rows.
+
+    Each student takes two steps on ``train``, towards cached and towards whole targets; the teacher's output layer runs in
+    either of those where the cache is dense, else in one of them.
+    """
+    taught, (trained, measured) = models.operations(student), (models.extent(models.window_lengths(at)) for at in (train, test))
+    asked, head = models.operations(teacher), 2 * models.head(teacher)[0].numel()
+    steps = 4 * (taught.forward(*trained) + taught.backward(*trained))
+    # The body of the teacher once for both students; its output layer within the loss of each.
+    layers = 2 * head * (2 if cache.head is not None else 1) - head
+    return steps + asked.forward(*trained) + layers * trained[0] + taught.forward(*measured) + asked.forward(*measured)
+
+
 def _whole(teacher: ModelTeacher, split: corpus.Split, at: np.ndarray) -> DenseTargets:
     """The teacher's distributions at every position of some rows; zeros where there is padding."""
     _, _, found = teacher.run(split, at)  # row by row, as the positions are

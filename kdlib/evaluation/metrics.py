@@ -14,6 +14,7 @@ since almost all pairs lie in the first bin.
 
 import gc
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,8 +32,9 @@ from kdlib.ensemble.model import EnsembleForCausalLM
 from kdlib.ensemble.pooling import POOLS, label_ambiguity, log_probs, logit_ambiguity
 from kdlib.errors import KdlibError
 from kdlib.losses.logits import head_logits
-from kdlib.models import attention_mask, body, head
+from kdlib.models import attention_mask, body, extent, head, operations
 from kdlib.study.progress import bar
+from kdlib.study.work import Entry, entry
 
 BINS = 15
 FIELDS = ("counts", "confidence_sums", "hits")  # of a reliability histogram
@@ -46,12 +48,14 @@ class Evaluation:
 
     ``metrics``: evaluation, temperature, domains, reliability and, for a pool, pool. ``documents``: a row per
     document with its summed ``nll`` (nats) and number of ``correct`` top-1 predictions. ``target_logprobs``: float16
-    [positions] a split, in split order.
+    [positions] a split, in split order. ``work``: FLOPs of a forward pass of all members over all splits (what fitting
+    the temperature repeats of the output layer is not counted), and seconds.
     """
 
     metrics: dict[str, Any]
     documents: pd.DataFrame
     target_logprobs: dict[str, np.ndarray]
+    work: Entry
 
 
 def evaluate(
@@ -75,7 +79,7 @@ def evaluate(
         models, pool = list(models.members), models.config.pool
     members = [models] if isinstance(models, nn.Module) else list(models)
     _refuse_unfit(members, splits, pool, temperature)
-    found = {}
+    found, started = {}, time.perf_counter()
     try:
         with torch.no_grad(), _evaluation_mode(members):
             for name in sorted(splits, key=lambda name: name != "calibration"):  # first: it sets the temperature
@@ -90,7 +94,10 @@ def evaluate(
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return _report(splits, found, temperature, pool)
+    flops = sum(
+        operations(member).forward(*extent(split.windows(block_length)[:, 1])) for member in members for split in splits.values()
+    )
+    return _report(splits, found, temperature, pool, entry(flops, time.perf_counter() - started))
 
 
 def hidden_states(
@@ -284,7 +291,7 @@ def ece(counts: ArrayLike, confidence_sums: ArrayLike, hits: ArrayLike, total: f
 
 
 def _report(
-    splits: Mapping[str, Split], found: Mapping[str, dict[str, Any]], temperature: float, pool: str | None
+    splits: Mapping[str, Split], found: Mapping[str, dict[str, Any]], temperature: float, pool: str | None, work: Entry
 ) -> Evaluation:
     """Sums by document, domain and split, in the schema that teachers, students and ensembles share."""
     tables = {name: _documents(name, split, found[name]) for name, split in splits.items()}
@@ -303,7 +310,7 @@ def _report(
         metrics["pool"] = {name: found[name]["pool"] for name in splits}
     lowest = np.finfo(np.float16).min
     target_logprobs = {name: np.maximum(found[name]["raw"], lowest).astype(np.float16) for name in splits}
-    return Evaluation(metrics, pd.concat(tables.values(), ignore_index=True), target_logprobs)
+    return Evaluation(metrics, pd.concat(tables.values(), ignore_index=True), target_logprobs, work)
 
 
 def _documents(name: str, split: Split, found: Mapping[str, Any]) -> pd.DataFrame:

@@ -133,6 +133,9 @@ def linear_distillation_loss(
         group = max(1, int((defaults | options).get("group", 1)))
         chunk_tokens = max(group, chunk_tokens // group * group)
         term = partial(_by_autograd, temperature=temperature, divergence=divergence, options=options)
+    if not torch.is_grad_enabled():
+        # Else a parameter would ask for its gradient all the same, a third product of the size of the logits'.
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
     loss, ce, kd = _LinearDistillation.apply(
         hidden, weight, bias, rows, labels[rows], targets, token_weights, kd_weight, scale, dtype, chunk_tokens, term
     )

@@ -78,13 +78,17 @@ def whose(settings: dict) -> str:
 
 
 def evaluate_into(folder: Path, model, data: Mapping[str, corpus.Split], length: int, precision: str) -> dict:
-    """Evaluate a model on the held-out splits; documents and log-probabilities go to ``folder``, metrics are returned."""
+    """Evaluate a model on the held-out splits; documents and log-probabilities go to ``folder``.
+
+    Returns:
+        Metrics, with the ``work`` of measuring them.
+    """
     batch_size = 16 if next(model.parameters()).device.type == "cpu" else 128
     held_out = {name: data[name] for name in HELD_OUT}
     found = evaluate(model, held_out, length, batch_size=batch_size, autocast=models.precision(precision))
     found.documents.to_parquet(folder / "documents.parquet", index=False)
     np.savez_compressed(folder / "target_logprobs.npz", **found.target_logprobs)
-    return found.metrics
+    return found.metrics | {"work": {"evaluation": found.work}}
 
 
 def save_model(model, tokenizer, folder: Path, step: Step, metrics: dict) -> None:

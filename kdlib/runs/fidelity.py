@@ -1,5 +1,6 @@
 """Fidelity: how near a student's targets, and the student itself, come to the teacher's whole distribution."""
 
+import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -9,6 +10,7 @@ from kdlib.errors import KdlibError
 from kdlib.study import parameters
 from kdlib.study.plan import Planner, Step
 from kdlib.study.store import Run
+from kdlib.study.work import entry
 
 NOTEBOOK, LEAVES = "06_fidelity", None
 
@@ -68,12 +70,16 @@ def produce(step: Step, inputs: dict[str, Run], folder: Path) -> dict:
         for name in ("train", "test")
     )
     fresh = untrained(settings, artefacts.load_tokenizer(text), block_length)
+    started = time.perf_counter()
     initial, trained = fidelity.gradient_angles([fresh, student], teacher, cache, data["train"], train)
+    distance = fidelity.divergence(student, teacher, data["test"], test)
+    flops = fidelity.flops(student, teacher.model, cache, train, test)
     evaluated = inputs["student"].metrics["evaluation"]["test"]
     return {
+        "work": {"evaluation": entry(flops, time.perf_counter() - started)},
         "angle_initial": initial,
         "angle_trained": trained,
-        "teacher_kl": fidelity.divergence(student, teacher, data["test"], test),
+        "teacher_kl": distance,
         "bytes_per_token": inputs["targets"].metrics["bytes_per_token"],
         "entries_per_token": inputs["targets"].metrics["distinct_ids_per_token"],
         "test": {name: evaluated[name] for name in ("nll", "ece", "full_ece", "nll_calibrated")},

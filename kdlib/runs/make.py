@@ -13,6 +13,7 @@ from kdlib.models import low_precision
 from kdlib.study import progress, store
 from kdlib.study.kinds import kinds
 from kdlib.study.plan import Step
+from kdlib.study.work import total
 from kdlib.training.log import peak_resident_bytes
 
 if progress.batch():
@@ -39,7 +40,7 @@ def make(step: Step, with_artefact: bool = False) -> store.Run:
             torch.cuda.reset_peak_memory_stats()
         metrics = kinds()[step.kind].produce(step, inputs, folder)
         gc.collect()
-        return metrics | {"cost": _cost(step, time.perf_counter() - started)}
+        return metrics | {"work": total(metrics.get("work", {})), "cost": _cost(step, time.perf_counter() - started)}
 
     return store.make(profile, step.id, step.settings, produce, with_artefact)
 

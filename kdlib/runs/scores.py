@@ -1,5 +1,6 @@
 """Scores: one number at every position of the train split, made once and read by every selection of text."""
 
+import time
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -9,6 +10,7 @@ from kdlib.study import parameters
 from kdlib.study.plan import Planner, Step
 from kdlib.study.refs import Ref
 from kdlib.study.store import Run
+from kdlib.study.work import entry
 
 NOTEBOOK, LEAVES = "07_scores", "scores"
 ON_TARGETS = "targets"
@@ -55,23 +57,27 @@ def produce(step: Step, inputs: dict[str, Run], folder: Path) -> dict:
     values, text, scorer = step.parameters, inputs["corpus"], inputs["scorer"]
     train = corpus.load_split(text.path / "data", "train")
     predicts = corpus.predicting_positions(train)
-    scores = np.zeros(len(train.tokens), dtype=np.float32)
+    scores, work = np.zeros(len(train.tokens), dtype=np.float32), {}
     if scorer.kind == ON_TARGETS:
         kept = scorer.settings["parameters"].get("temperature", 1.0)
         cache = artefacts.open_targets(scorer, text, train, kept)
         scores[predicts] = cache.statistics(predicts)[values.measure]
     else:
         artefacts.require_same_vocabulary(scorer, text)
-        scores[predicts] = _measured(values, artefacts.load_model(scorer), train, artefacts.block_length(text))
+        scores[predicts], work = _measured(values, scorer, train, artefacts.block_length(text))
     (folder / "scores").mkdir(exist_ok=True)
     np.save(folder / "scores" / "scores.npy", scores)
     found = scores[predicts].astype(np.float64)
     quantiles = dict(zip(("low", "median", "high"), np.quantile(found, [0.05, 0.5, 0.95]).tolist(), strict=True))
-    return {"tokens": len(found), "mean": float(found.mean()), **quantiles}
+    return {"tokens": len(found), "mean": float(found.mean()), **quantiles, "work": work}
 
 
-def _measured(values: Parameters, model, train, block_length: int):
+def _measured(values: Parameters, scorer: Run, train, block_length: int):
     from kdlib import models
     from kdlib.evaluation.metrics import position_scores
+    from kdlib.runs import artefacts
 
-    return position_scores(model, train, block_length, values.measure, autocast=models.precision(values.precision))
+    started, model = time.perf_counter(), artefacts.load_model(scorer)
+    scores = position_scores(model, train, block_length, values.measure, autocast=models.precision(values.precision))
+    flops = models.operations(model).forward(*models.extent(train.windows(block_length)[:, 1]))
+    return scores, {"scoring": entry(flops, time.perf_counter() - started)}

@@ -1,6 +1,8 @@
 """Student: one small model, from text, from cached targets or from a teacher in the loop."""
 
 import re
+import time
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -15,6 +17,7 @@ from kdlib.study.plan import Planner, Step
 from kdlib.study.refs import Ref
 from kdlib.study.schedules import Schedule, Stage, scheduled, stage_ends
 from kdlib.study.store import Run
+from kdlib.study.work import entry, total
 
 NOTEBOOK, LEAVES = "04_student", "model"
 # Settings that an objective refuses.
@@ -272,11 +275,11 @@ def produce(step: Step, inputs: dict[str, Run], folder: Path) -> dict:
         model = initialisation.initialise(model, teacher, values.initialisation)
     if values.noise:
         model = initialisation.perturb(model, values.noise, values.seed)
-    given = text.Given(data["train"], tokenizer, block_length, values.seed, inputs, artefacts.load_model)
+    chosen, generation = _text(values, inputs, data["train"], tokenizer, block_length)
     training = train_model(
         model,
         values,
-        text.way(values.text).take(given),
+        chosen,
         data["validation"],
         block_length,
         folder,
@@ -284,12 +287,29 @@ def produce(step: Step, inputs: dict[str, Run], folder: Path) -> dict:
         stages=values.stages,
         multipliers=values.learning_rate_multipliers,
     )
+    work = training.pop("work")
     if values.objective == "online_kd":
-        training["teacher_flops"] = models.flops_per_token(teacher, block_length) * training["teacher_tokens"]
+        training["teacher_flops"] = work["teacher_forward"]["flops"]
     metrics = artefacts.evaluate_into(folder, model, data, block_length, values.precision)
     metrics |= {"training": training, "parameters": models.parameters_by_component(model)}
+    metrics["work"] = total(work, generation, metrics["work"])
     artefacts.save_model(model, tokenizer, folder, step, metrics)
     return metrics
+
+
+def _text(values: Parameters, inputs: dict[str, Run], train, tokenizer, block_length: int):
+    """What it trains on, and the work of writing it."""
+    from kdlib import models
+    from kdlib.runs import artefacts
+
+    started, load = time.perf_counter(), cache(artefacts.load_model)
+    chosen = text.way(values.text).take(text.Given(train, tokenizer, block_length, values.seed, inputs, load))
+    if "writer" not in inputs:
+        return chosen, {}
+    # With the keys and values of the tokens before kept, each token passes once; what a batch goes on with after a
+    # document's end is not counted.
+    flops = models.operations(load(inputs["writer"])).forward(*models.extent(chosen.windows(block_length)[:, 1]))
+    return chosen, {"generation": entry(flops, time.perf_counter() - started)}
 
 
 def untrained(values: Parameters, tokenizer, block_length: int):

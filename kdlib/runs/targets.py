@@ -11,6 +11,7 @@ from kdlib.study import parameters
 from kdlib.study.plan import Planner, Step
 from kdlib.study.refs import Ref
 from kdlib.study.store import Run
+from kdlib.study.work import entry
 
 NOTEBOOK, LEAVES = "03_targets", "targets"
 # The pattern comes first: it is of what was given.
@@ -127,8 +128,22 @@ def produce(step: Step, inputs: dict[str, Run], folder: Path) -> dict:
         values.seed,
         block_length,
     )
+    # A writer that was killed after its last shard has timed none.
+    seconds = metrics["tokens"] / metrics["tokens_per_second"] if metrics["tokens_per_second"] else None
+    taken = _pass_of(teacher).forward(*models.extent(split.windows(block_length)[:, 1]))
     ran = isinstance(teacher, ModelTeacher)
-    return metrics | {"flops": models.flops_per_token(teacher.model, block_length) * metrics["tokens"] if ran else 0}
+    return metrics | {"flops": taken if ran else 0, "work": {"teacher_forward": entry(taken, seconds)}}
+
+
+def _pass_of(teacher):
+    """Of a model, or of what is left to do with dense targets; what a server or a file's writer computed is not known."""
+    from kdlib import models
+    from kdlib.cache import DenseTeacher, ModelTeacher
+    from kdlib.training.work import output_layer
+
+    if isinstance(teacher, ModelTeacher):
+        return models.operations(teacher.model)
+    return output_layer(teacher.head[0]) if isinstance(teacher, DenseTeacher) else models.Operations()
 
 
 def _teacher(values: Parameters, inputs: dict[str, Run], split):

@@ -9,6 +9,7 @@ from kdlib.errors import KdlibError
 from kdlib.study import parameters
 from kdlib.study.plan import Planner, Step
 from kdlib.study.store import Run
+from kdlib.study.work import Entry, total
 
 NOTEBOOK, LEAVES = "02_teacher", "model"
 SIZES = {"layers", "hidden_size", "heads"}
@@ -66,20 +67,23 @@ def produce(step: Step, inputs: dict[str, Run], folder: Path) -> dict:
 
     values, tokenizer = step.parameters, artefacts.load_tokenizer(inputs["corpus"])
     data, block_length = artefacts.splits(inputs["corpus"]), artefacts.block_length(inputs["corpus"])
-    metrics, training = {}, None
+    metrics, training, works = {}, None, []
     if values.adaptation == "scratch":
         shape = models.Shape(layers=values.layers, hidden_size=values.hidden_size, heads=values.heads)
         model = models.build(shape, tokenizer, block_length, values.seed).to(artefacts.device())
     else:
         model, metrics = _pretrained(values, inputs["corpus"], tokenizer)
+        works.append(metrics.pop("work", {}))
     if values.adaptation != "frozen":
         if values.adaptation == "lora":
             model = models.lora(model, values.lora_rank, 2 * values.lora_rank, 0.0, values.seed)
         text = TrainingText(data["train"])
         training = train_model(model, values, text, data["validation"], block_length, folder, tokens=values.tokens)
+        works.append(training.pop("work"))
         model = models.merge(model) if values.adaptation == "lora" else model
     metrics |= artefacts.evaluate_into(folder, model, data, block_length, values.precision)
     metrics |= {"training": training, "parameters": models.parameters_by_component(model)}
+    metrics["work"] = total(*works, metrics["work"])
     artefacts.save_model(model, tokenizer, folder, step, metrics)
     return metrics
 
@@ -104,12 +108,13 @@ def _pretrained(values: Parameters, text: Run, tokenizer) -> tuple:
         )
     metrics = {}
     if values.adaptation == "frozen":
-        metrics["unpruned"] = {"test": _unpruned(model, own, values.precision, text)}
+        unpruned, measured = _unpruned(model, own, values.precision, text)
+        metrics = {"unpruned": {"test": unpruned}, "work": {"evaluation": measured}}
     return vocabulary.slice_model(model, np.load(kept)), metrics
 
 
-def _unpruned(model, tokenizer, precision: str, text: Run) -> dict:
-    """The teacher with its whole vocabulary on the test documents, as a reference for what pruning costs."""
+def _unpruned(model, tokenizer, precision: str, text: Run) -> tuple[dict, Entry]:
+    """The teacher with its whole vocabulary on the test documents, as a reference for what pruning costs, and the work."""
     import pandas as pd
 
     from kdlib import models
@@ -121,4 +126,5 @@ def _unpruned(model, tokenizer, precision: str, text: Run) -> dict:
     split = corpus.tokenise("test", table[table.split == "test"], tokenizer)
     autocast = models.precision(precision)
     found = evaluate(model, {"test": split}, artefacts.block_length(text), temperature=1.0, autocast=autocast)
-    return {key: found.metrics["evaluation"]["test"][key] for key in ("bits_per_byte", "nll", "tokens", "bytes")}
+    shown = {key: found.metrics["evaluation"]["test"][key] for key in ("bits_per_byte", "nll", "tokens", "bytes")}
+    return shown, found.work

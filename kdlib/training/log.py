@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -86,9 +87,17 @@ def read_log(path: Path) -> list[dict[str, str]]:
 
 def teacher_tokens(rows: list[dict[str, str]]) -> int:
     """Tokens of the steps in which a teacher in the loop was asked: those with a KD weight or a loss of features."""
+    return _tokens(rows, lambda row: bool(row["feature"]) or float(row["kd_weight"] or 0) > 0)
+
+
+def distilled_tokens(rows: list[dict[str, str]]) -> int:
+    """Tokens of the steps with a KD weight."""
+    return _tokens(rows, lambda row: float(row["kd_weight"] or 0) > 0)
+
+
+def _tokens(rows: list[dict[str, str]], chosen: Callable[[dict[str, str]], bool]) -> int:
     taken = [row for row in rows if row["loss"]]
-    asked = [bool(row["feature"]) or float(row["kd_weight"] or 0) > 0 for row in taken]
-    return int(np.diff([0, *(int(row["tokens"]) for row in taken)]) @ np.array(asked, int))
+    return int(np.diff([0, *(int(row["tokens"]) for row in taken)]) @ np.array([chosen(row) for row in taken], int))
 
 
 def memory_bytes() -> int:

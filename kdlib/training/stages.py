@@ -12,6 +12,7 @@ import pandas as pd
 from kdlib.data import corpus
 from kdlib.data.text import TrainingText
 from kdlib.study.schedules import Stage, stage_ends
+from kdlib.study.work import total
 from kdlib.training.objective import Objective
 from kdlib.training.optimizer import steps
 from kdlib.training.trainer import DistillationTrainer
@@ -43,7 +44,7 @@ def train_model(
         multipliers: regular expression on parameter names -> learning-rate multiplier.
 
     Returns:
-        tokens, teacher_tokens, steps, seconds, tokens_per_second, flops, peak_memory_bytes, final_loss.
+        tokens, teacher_tokens, steps, seconds, tokens_per_second, flops, peak_memory_bytes, final_loss, work.
     """
     windows = text.windows(block_length)
     if tokens is not None:
@@ -77,6 +78,7 @@ def train_model(
         "tokens_per_second": sums["tokens"] / sums["seconds"] if sums["tokens"] else None,
         "peak_memory_bytes": max(one["peak_memory_bytes"] for one in found),
         "final_loss": found[-1]["final_loss"],
+        "work": total(*(one["work"] for one in found)),
     }
 
 

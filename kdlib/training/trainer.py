@@ -33,6 +33,7 @@ from kdlib.training.checkpoints import last_step, newest_checkpoint
 from kdlib.training.log import StepLog, memory_bytes, peak_memory_bytes, read_log, teacher_tokens
 from kdlib.training.objective import BALANCES, Objective
 from kdlib.training.optimizer import parameter_groups, steps
+from kdlib.training.work import training_work
 
 CHECKPOINTS = 8  # a run is saved, and its validation loss measured, this many times
 LARGE, LARGE_CHECKPOINTS = 5e7, 2  # parameters from which writing a checkpoint costs more than it is likely to save
@@ -163,7 +164,7 @@ class DistillationTrainer(Trainer):
 
         Returns:
             tokens, teacher_tokens (for which a teacher in the loop was asked), steps, seconds (up to the last row of the log),
-            tokens_per_second, flops, peak_memory_bytes, final_loss.
+            tokens_per_second, flops, peak_memory_bytes, final_loss, work (see :mod:`kdlib.study.work`).
         """
         checkpoint = newest_checkpoint(Path(self.args.output_dir))
         self.step_log.resume(last_step(checkpoint))
@@ -181,18 +182,25 @@ class DistillationTrainer(Trainer):
         rows, tokens = read_log(self.step_log.path), self.step_log.tokens
         seconds = float(rows[-1]["seconds"]) if rows else 0.0
         losses = [float(row["loss"]) for row in rows if row["loss"]]
-        context = len(self.train_dataset[0]) if len(self.train_dataset) else 0
+        work = training_work(
+            self.model,
+            rows,
+            self.train_dataset.index,
+            self.validation[1],
+            self.objective,
+        )
         return {
             "tokens": tokens,
             "teacher_tokens": 0 if self.objective.teacher is None else teacher_tokens(rows),
             "steps": self.steps,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds if tokens else None,
-            "flops": models.training_flops_per_token(self.model, context) * tokens,
+            "flops": work["train"]["flops"],
             "peak_memory_bytes": max(
                 (int(row["peak_memory_bytes"]) for row in rows if row["peak_memory_bytes"]), default=peak_memory_bytes()
             ),
             "final_loss": float(np.mean(losses[-20:])) if losses else None,
+            "work": work,
         }
 
     def training_step(self, *arguments, **options):

@@ -1,0 +1,78 @@
+"""What a run and everything it rests on took, by category: operations and seconds, each run upstream counted once.
+
+Every run keeps its own ``work`` (:mod:`kdlib.study.work`). The cost of a method is the sum over the *union* of the runs
+upstream of it: targets that four members read are written once, and a teacher that wrote them is trained once.
+"""
+
+from collections.abc import Iterator
+
+import pandas as pd
+
+from kdlib.errors import KdlibError
+from kdlib.study import store
+from kdlib.study.work import CATEGORIES, Work, total
+
+# What a model or text cost to make; evaluation is what it cost to know about it.
+MAKING = tuple(name for name in CATEGORIES if name != "evaluation")
+
+
+def work(run: store.Run) -> Work:
+    """What a run computed itself: category -> flops and seconds (None where they were not kept), 0 where there was none.
+
+    Raises:
+        KdlibError: the run was made before work was kept.
+    """
+    metrics = run.metrics
+    if "work" not in metrics:
+        raise KdlibError(
+            f"The metrics of {run.id} must say what work it took (work), got none. Delete the folder {run.path} to have it made again."
+        )
+    return total(metrics["work"])
+
+
+def upstream(profile: str, run: store.Run) -> list[store.Run]:
+    """``run`` and all that it was made from, directly or not, each once: inputs before what reads them, ``run`` last.
+
+    Raises:
+        KdlibError: one of them is missing from the profile's results.
+    """
+    found: dict[str, store.Run] = {}
+    # Depth first without recursion: a chain of students may be long.
+    waiting = [(run, False)]
+    while waiting:
+        one, done = waiting.pop()
+        if done:
+            found[one.id] = one
+        elif one.id not in found:
+            waiting.append((one, True))
+            waiting += [(read, False) for read in _inputs(profile, one)]
+    return list(found.values())
+
+
+def cost(profile: str, run: store.Run, teacher_training: bool) -> pd.DataFrame:
+    """What ``run`` took, all that lies upstream included: a row a category, columns flops and seconds.
+
+    Args:
+        teacher_training: whether the ``train`` of runs of kind teacher counts. A student that teaches another is a student,
+            and its training always counts. What a model cost before it came here is in nobody's ledger.
+
+    Returns:
+        Seconds are NaN for a category in which a run's were not kept.
+    """
+    parts = [
+        {name: entry for name, entry in work(one).items() if teacher_training or (one.kind, name) != ("teacher", "train")}
+        for one in upstream(profile, run)
+    ]
+    return pd.DataFrame(total(*parts)).T.astype(float).rename_axis("category")
+
+
+def _inputs(profile: str, run: store.Run) -> Iterator[store.Run]:
+    for name, value in run.settings["inputs"].items():
+        for one in [value] if isinstance(value, str) else value:
+            found = store.find(profile, one)
+            if found is None:
+                raise KdlibError(
+                    f"{run.id} must find its input {name} among the results of {profile!r}, got no run {one}. Finish them with: "
+                    f"make paper PROFILE={profile}"
+                )
+            yield found
