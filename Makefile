@@ -29,7 +29,7 @@ paper: env  ## everything from raw text to the paper's PDF, for PROFILE (and its
 	$(RUN) snakemake --config profile=$(PROFILE)
 
 figures: env  ## tables, figures and the PDF again, from the results of PROFILE as they lie there
-	@$(RUN) kdlib.analysis.paper --profile $(PROFILE) --analyses | xargs -P 2 -I {} $(RUN) kdlib.study.runner notebooks/{}.ipynb --profile $(PROFILE)
+	@$(RUN) kdlib.analysis.paper --profile $(PROFILE) --analyses | xargs -P 2 -L 1 $(RUN) kdlib.study.runner --profile $(PROFILE)
 	$(RUN) kdlib.analysis.paper --profile $(PROFILE)
 
 test: env  ## everything that proves it works: unit tests, and the smoke profile through the pipeline

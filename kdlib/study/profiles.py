@@ -21,6 +21,7 @@ from kdlib.study.parameters import (
     CorpusParameters,
     EnsembleParameters,
     FidelityParameters,
+    GridParameters,
     Parameters,
     Pool,
     StudentParameters,
@@ -36,7 +37,7 @@ UNUSED = {
     "kd": ("feature", "temperature_schedule"),
     "online_kd": ("fresh_draws",),
 }
-GRIDS = ("targets", "weights", "losses", "features", "initialisation", "data")
+GridName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 # Notebooks whose globals held parameters alone when they were first looked at in this process.
 _seen: set[str] = set()
 
@@ -81,7 +82,13 @@ class Study(BaseModel):
     repeats: int = Field(
         ge=1, description="independent ensembles of each kind; single models have members x repeats seeds"
     )
-    grids: dict[Literal[GRIDS], Grid] = Field({}, description="further studies, each made when it is asked for by name")
+    grids: dict[GridName, Grid] = Field({}, description="further studies, each made when it is asked for by name")
+
+    @model_validator(mode="after")
+    def _all_is_no_grid(self):
+        if "all" in self.grids:
+            raise ValueError("a grid must not be called all, which stands for every one in GRIDS=all; give it another name")
+        return self
 
     @model_validator(mode="after")
     def _paper_has_what_it_shows(self):
@@ -150,11 +157,7 @@ NOTEBOOKS: dict[str, tuple[type[Parameters], str]] = {
     "12_methods": (AnalysisParameters, "analysis"),
     "15_calibration": (AnalysisParameters, "analysis"),
     "17_cost": (AnalysisParameters, "analysis"),
-    "21_kd_weight": (AnalysisParameters, "analysis"),
-    "22_losses": (AnalysisParameters, "analysis"),
-    "23_features": (AnalysisParameters, "analysis"),
-    "24_initialisation": (AnalysisParameters, "analysis"),
-    "25_data": (AnalysisParameters, "analysis"),
+    "21_grid": (GridParameters, "analysis"),
 }
 
 
@@ -219,7 +222,9 @@ def parameters(notebook: str, profile: str, /, **changes: Any) -> Parameters:
     if model is StudentParameters:
         unused = UNUSED.get(changes.get("objective"), ())
         base = {name: value for name, value in base.items() if name not in unused}
-    return _validated(model, {**base, **changes}, f"notebook {notebook}")
+    if model is GridParameters:
+        base["grid"] = next(iter(_students_grids(profile)), "")
+    return _with_known_grid(_validated(model, {**base, **changes}, f"notebook {notebook}"))
 
 
 def from_notebook(notebook: str, namespace: dict[str, Any]) -> Parameters:
@@ -242,6 +247,19 @@ def from_notebook(notebook: str, namespace: dict[str, Any]) -> Parameters:
     declared = {name: value for name, value in ours.items() if name in model.model_fields}
     checked = _validated(model, declared, f"notebook {notebook}")
     load(checked.profile)
+    return _with_known_grid(checked)
+
+
+def _students_grids(profile: str) -> list[str]:
+    return [name for name in load(profile).study.grids if name != "targets"]
+
+
+def _with_known_grid(checked: Parameters) -> Parameters:
+    if isinstance(checked, GridParameters) and checked.grid not in (known := _students_grids(checked.profile)):
+        raise KdlibError(
+            f"`grid` must be one that profile {checked.profile!r} names under study: grids ({', '.join(known) or 'none yet'}), "
+            f"got {checked.grid!r}. The grid targets is drawn by 11_target_fidelity."
+        )
     return checked
 
 

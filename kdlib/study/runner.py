@@ -118,6 +118,8 @@ def run(notebook: str, profile: str, values: dict[str, Any], output: Path | None
             print(f"{step.id} ({step.label}) exists: {found.path}")
             return 0
         title = f"{name}-{step.id.rsplit('-', 1)[1]}"
+    elif "grid" in type(checked).model_fields:
+        title = f"{name}_{checked.grid}"
     output = (output or store.results(profile) / "executed" / f"{title}.ipynb").resolve()
     return execute(path, output, checked.model_dump(mode="json"))
 
