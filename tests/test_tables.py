@@ -76,9 +76,11 @@ def test_a_frame_without_a_single_value_marks_none():
 
 def test_plain_text_says_the_same_as_the_page_in_columns_that_line_up():
     found = tables.show(FRAME, COLUMNS, best="nll")
-    head, _, *lines = repr(found).splitlines()
-    page = Cells(found._repr_html_()).rows
-    assert [re.split(" {2,}", line.strip()) for line in [head, *lines]] == page
+    names, units, rule, *lines = repr(found).splitlines()
+    headings, *page = Cells(found._repr_html_()).rows
+    assert [re.split(" {2,}", line.strip()) for line in lines] == page
+    assert names.split() == [heading.split()[0] for heading in headings] and units.split() == ["(nats/token)"]
+    assert set(rule) == {"─", " "} and units.rindex(")") == lines[0].index("4.123") + 4, "a heading ends where its numbers do"
     assert len({line.rindex("]") for line in lines if "]" in line}) == 1, "numbers end in one column"
 
 
@@ -101,7 +103,7 @@ def test_long_words_are_wrapped_and_no_word_is_lost():
 def test_an_empty_table_has_its_headings():
     found = tables.show(FRAME[:0], COLUMNS, best="nll")
     assert Cells(found._repr_html_()).rows == [["Student", "NLL (nats/token)", "Tokens", "From"]]
-    assert repr(found).startswith("Student  NLL (nats/token)  Tokens")
+    assert repr(found).split() == ["Student", "NLL", "Tokens", "From", "(nats/token)", *repr(found).split()[5:]]
 
 
 @pytest.mark.parametrize(("columns", "best"), [({"X": "{speed}"}, None), (COLUMNS, "speed")])

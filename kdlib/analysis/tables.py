@@ -20,17 +20,15 @@ UNITS = {
     "A − B": "nats/token",
     "Angle, trained": "°",
     "Angle, untrained": "°",
-    "Bytes": "B",
     "Calibrated NLL": "nats/token",
     "Interval": "nats/token",
     "KL to teacher": "nats/token",
     "NLL": "nats/token",
     "Out of domain": "NLL, nats/token",
-    "Seconds": "s",
-    "Standard error": "nats/token, over seeds",
+    "Standard error": "nats/token",
     "Validation NLL": "nats/token",
 }
-_WIDEST = 28  # characters of a cell of words before it is wrapped
+_WIDEST = 32  # characters of a cell of words before it is wrapped
 
 
 @dataclass(frozen=True)
@@ -57,11 +55,14 @@ class Shown:
         return f"<tr>{''.join(found)}</tr>"
 
     def __repr__(self) -> str:
-        numbers = self._numbers()
-        wrapped = [[textwrap.wrap(cell, _WIDEST) or [""] for cell in row] for row in [self.headings, *self.body]]
-        widths = [max(len(line) for row in wrapped for line in row[i]) for i in range(len(self.headings))]
-        lines = [line for row in wrapped for line in _lines(row, widths, numbers)]
-        head = max(map(len, wrapped[0]), default=1)
+        body = [[textwrap.wrap(cell, _WIDEST) or [""] for cell in row] for row in self.body]
+        # A heading is no wider than its column, unless one of its words is.
+        parts = [heading.split() for heading in self.headings] + [line for row in body for line in row]
+        count = len(self.headings)
+        widths = [max(len(part) for found in parts[i::count] for part in found) for i in range(count)]
+        heading = [textwrap.wrap(one, width) for one, width in zip(self.headings, widths, strict=True)]
+        lines = [line for row in [heading, *body] for line in _lines(row, widths, self._numbers())]
+        head = max(map(len, heading), default=1)
         return "\n".join([*lines[:head], "  ".join("─" * width for width in widths), *lines[head:]])
 
     def _numbers(self) -> list[bool]:
