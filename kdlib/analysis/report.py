@@ -301,9 +301,10 @@ def _results(profile: str) -> str:
         return f"No results of the profile `{profile}` yet: `make paper PROFILE={profile}` fills this part in."
     found, table = numbers(profile), TABLES["methods"]
     setup = {name: found[f"setup/{name}/value"] for name in ("runs", "device", "epochs")}
+    epochs = f"{setup['epochs']} epoch{'' if setup['epochs'] == '1' else 's'}"
     about = (
         f"Drawn from the {setup['runs']} runs of the profile `{profile}` on {setup['device']}: "
-        f"{found['setup/train_tokens/si']} tokens of training text, {setup['epochs']} epoch{'' if setup['epochs'] == '1' else 's'}. Losses are nats per "
+        f"{found['setup/train_tokens/si']} tokens of training text, {epochs}. Losses are nats per "
         "token of test text, with bootstrap intervals over seeds and sources."
     )
     said = [f"- {sentence}" for stem in README_FINDINGS for sentence in findings(profile, stem)]
