@@ -41,7 +41,8 @@ def test_a_count_agrees_with_its_noun(tmp_path, latex):
     values = {"repeats": "1", "members": "2", "seeds": "12", "epochs": "0.5", "ten": "10"}
     defined = [f"\\defineresult{{setup/{name}/value}}{{{value}}}" for name, value in values.items()]
     told = "\\typeout{told: " + ", ".join(f"\\counted{{{name}}}{{one word}}" for name in values) + ".}"
-    document = ["\\documentclass{article}", *macros, *defined, "\\begin{document}x", told, "\\end{document}"]
+    fonts = "\\usepackage[T1]{fontenc}\\IfFileExists{lmodern.sty}{\\usepackage{lmodern}}{}"
+    document = ["\\documentclass{article}", fonts, *macros, *defined, "\\begin{document}x", told, "\\end{document}"]
     (tmp_path / "main.tex").write_text("\n".join(document))
     paper.compile_latex(tmp_path, 0)
     log = (tmp_path / "main.log").read_text(errors="replace")

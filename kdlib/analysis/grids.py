@@ -43,7 +43,7 @@ class Grid:
     student: str = "student “{}”"
     columns: dict[str, str] = field(default_factory=lambda: STUDENT | OOD | QUALITY | WORK | SPEED)
     numbers: dict[str, str] = field(default_factory=lambda: {"ood": "{ood_nll:.3f}"} | _CALIBRATION)
-    panels: tuple[str, ...] = ("loss", "difference", "difference out of domain")
+    panels: tuple[str, ...] = ("loss", "difference in domain", "difference out of domain")
     widths: tuple[float, ...] = (1, 1.2, 1.2)
 
 
