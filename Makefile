@@ -28,7 +28,7 @@ paper: env  ## everything from raw text to the paper's PDF, for PROFILE (and its
 	$(RUN) snakemake --config profile=$(PROFILE) grids="$(GRIDS)"
 
 figures: env  ## tables, figures and the PDF again, from the results of PROFILE as they lie there
-	@$(RUN) kdlib paper --profile $(PROFILE) --analyses | xargs -P 2 -I {} $(RUN) kdlib run notebooks/{}.ipynb --profile $(PROFILE)
+	@$(RUN) kdlib paper --profile $(PROFILE) --analyses | xargs -P 2 -L 1 $(RUN) kdlib run --profile $(PROFILE)
 	$(RUN) kdlib paper --profile $(PROFILE)
 
 test: env  ## everything that proves it works: unit tests, and the smoke profile through the pipeline

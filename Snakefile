@@ -13,7 +13,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from kdlib.analysis import report
+from kdlib.analysis import outputs
 from kdlib.errors import KdlibError
 from kdlib.study import design, notebooks, store
 from kdlib.study.closure import code_hash, room
@@ -39,13 +39,14 @@ METRICS = f"{RESULTS}/runs/{{run}}/metrics.json"
 ARTEFACT = {run: f"{RESULTS}/runs/{run}/{store.Run(store.results(PROFILE) / 'runs' / run).artefact.name}" for run in LACKING}
 PAPER = f"paper/kdlib-{RESULTS.name}.pdf"
 TEX = [str(path) for path in (Path(workflow.basedir) / "paper").glob("*.tex")]
+ANALYSES = outputs.analyses(GRIDS)
 WRITTEN = {
-    notebook: [
-        f"{RESULTS}/numbers/{notebook}.json",
-        *[f"{RESULTS}/{table}.csv" for table in tables],
-        *[f"figures/{RESULTS.name}/{figure}.{kind}" for figure in figures for kind in ("pdf", "png")],
+    name: [
+        f"{RESULTS}/numbers/{name}.json",
+        *[f"{RESULTS}/{table}.csv" for table in analysis.tables],
+        *[f"figures/{RESULTS.name}/{figure}.{kind}" for figure in analysis.figures for kind in ("pdf", "png")],
     ]
-    for notebook, (tables, figures) in report.analyses(GRIDS).items()
+    for name, analysis in ANALYSES.items()
 }
 
 workdir: store.home()
@@ -98,20 +99,21 @@ for run, folder in ARTEFACT.items():
 
 
 # Analyses and the paper are made again when what they read, their code (not the bytes of a notebook) or what it calls changes.
-for notebook, written in WRITTEN.items():
+for name, analysis in ANALYSES.items():
     rule:
-        name: f"analysis_{notebook}"
+        name: f"analysis_{name}"
         input: expand(METRICS, run=WANTED)
-        output: written
+        output: WRITTEN[name]
         params:
-            notebook=notebook,
+            name=name,
+            command=" ".join(analysis.arguments),
             profile=PROFILE,
-            code=notebooks.code_hash(notebooks.find(f"notebooks/{notebook}.ipynb")),
+            code=notebooks.code_hash(notebooks.find(f"notebooks/{analysis.notebook}.ipynb")),
             library=code_hash(["kdlib.study.store", *room("analysis")]),
             plan=store.digest([[step.id, step.label] for step in STUDY.values()]),
             settings=store.digest(load(PROFILE).model_dump(mode="json")),
-        message: "analysis {params.notebook}"
-        shell: "python -m kdlib run notebooks/{params.notebook}.ipynb --profile {params.profile:q}"
+        message: "analysis {params.name}"
+        shell: "python -m kdlib run {params.command} --profile {params.profile:q}"
 
 
 rule paper:

@@ -9,7 +9,7 @@ import pytest
 import synthetic_results
 from nbclient import NotebookClient
 
-from kdlib.analysis import report
+from kdlib.analysis import outputs
 from kdlib.study import profiles
 from kdlib.study.profiles import REPOSITORY
 
@@ -27,19 +27,22 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def analysed(tmp_path_factory) -> Path:
-    """A results home in which every analysis notebook has read the synthetic results of the smoke profile."""
+    """A results home in which every analysis notebook has read the synthetic results of the smoke profile, once for each grid."""
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KDLIB_HOME", str(home))
         grids = tuple(profiles.load("smoke").study.grids)
         synthetic_results.write("smoke", grids=grids)
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(_execute, report.analyses(grids)))
+            list(pool.map(_execute, outputs.analyses(grids).values()))
     return home
 
 
-def _execute(name: str) -> None:
-    notebook = nbformat.read(REPOSITORY / "notebooks" / f"{name}.ipynb", as_version=4)
+def _execute(analysis: outputs.Analysis) -> None:
+    notebook = nbformat.read(REPOSITORY / "notebooks" / f"{analysis.notebook}.ipynb", as_version=4)
+    if analysis.notebook == outputs.GRID_NOTEBOOK:
+        place = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
+        notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(f"grid = {analysis.grid!r}"))  # as papermill does
     check = 'import sys\nassert not {"torch", "transformers"} & set(sys.modules)'
     notebook.cells.append(nbformat.v4.new_code_cell(check))
     NotebookClient(notebook, timeout=120, kernel_name="python3").execute(env=dict(os.environ))

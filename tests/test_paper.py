@@ -1,10 +1,11 @@
 """The paper is compiled from results alone; what is missing or wrong is told in one paragraph."""
 
+import re
 import shutil
 
 import pytest
 
-from kdlib.analysis import paper, report
+from kdlib.analysis import outputs, paper, report
 from kdlib.errors import KdlibError
 from kdlib.study import store
 
@@ -29,8 +30,30 @@ def copy(analysed, tmp_path, monkeypatch):
 
 def test_the_numbers_that_a_text_shows_are_found():
     text = r"\newcommand{\setting}[1]{\result{setup/#1/value}} \setting{seeds} \amount{tokens} \result{a/b c/d}"
-    text += r" % \result{no}"
-    assert paper.shown(text) == {"setup/seeds/value", "setup/tokens/si", "a/b c/d"}
+    text += r" \counted{layers}{layer} % \result{no}"
+    assert paper.shown(text) == {"setup/seeds/value", "setup/tokens/si", "setup/layers/value", "a/b c/d"}
+
+
+def test_a_count_agrees_with_its_noun(tmp_path, latex):
+    main = (paper.SOURCE / "main.tex").read_text(encoding="utf-8")
+    needed = ["defineresult", "result", "setting", "counted"]
+    macros = [re.search(rf"\\newcommand{{\\{name}}}.*(\n  .*)*", main)[0] for name in needed]
+    values = {"repeats": "1", "members": "2", "seeds": "12", "epochs": "0.5", "ten": "10"}
+    defined = [f"\\defineresult{{setup/{name}/value}}{{{value}}}" for name, value in values.items()]
+    told = "\\typeout{told: " + ", ".join(f"\\counted{{{name}}}{{one word}}" for name in values) + ".}"
+    fonts = "\\usepackage[T1]{fontenc}\\IfFileExists{lmodern.sty}{\\usepackage{lmodern}}{}"
+    document = ["\\documentclass{article}", fonts, *macros, *defined, "\\begin{document}x", told, "\\end{document}"]
+    (tmp_path / "main.tex").write_text("\n".join(document))
+    paper.compile_latex(tmp_path, 0)
+    log = (tmp_path / "main.log").read_text(errors="replace")
+    assert "told: 1 one word, 2 one words, 12 one words, 0.5 one words, 10 one words." in log.replace("\n", "")
+
+
+def test_no_count_of_the_paper_stands_before_a_plural_of_its_own():
+    text = " ".join(path.read_text(encoding="utf-8") for path in paper.SOURCE.glob("*.tex"))
+    counts = ("seeds", "repeats", "members", "layers", "epochs", "near_duplicates")
+    assert [one for one in counts if f"\\setting{{{one}}}" in text] == []
+    assert all(f"\\counted{{{one}}}" in text for one in counts)
 
 
 @pytest.mark.slow
@@ -53,8 +76,9 @@ def test_a_number_the_profile_does_not_have_is_named(copy, monkeypatch):
 @pytest.mark.slow
 def test_generated_tables_hold_a_line_for_every_row_of_their_csv(copy):
     folder = paper.generate("smoke")
-    written = [stem for stems, _ in report.analyses(store.grids("smoke")).values() for stem in stems]
+    written = [stem for one in outputs.analyses(store.grids("smoke")).values() for stem in one.tables]
     shown = {name: table for name, table in report.TABLES.items() if table.csv in written}
+    shown["kd_weight"] = report.tables("smoke")["kd_weight"]
     assert {path.stem for path in folder.glob("table-*")} == {f"table-{name}" for name in shown}
     for name, table in shown.items():
         text = (folder / f"table-{name}.tex").read_text(encoding="utf-8")

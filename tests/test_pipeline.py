@@ -14,12 +14,12 @@ from pathlib import Path
 import fake_notebooks
 import pytest
 
-from kdlib.analysis import report
+from kdlib.analysis import outputs
 from kdlib.runs import producers
 from kdlib.study import notebooks, plan, store
 from kdlib.study.profiles import REPOSITORY, available
 
-GRIDS = ("targets",)
+GRIDS = ("targets", "weights")
 # What a run measures about the machine, not about the model.
 MEASURED = {"cost", "seconds", "tokens_per_second", "peak_memory_bytes", "peak_device_bytes"}
 
@@ -93,7 +93,7 @@ def test_a_killed_study_is_finished_when_it_is_called_again(study, monkeypatch):
     assert sorted(path.name for path in (home / "results" / "smoke" / "runs").iterdir()) == sorted(planned)
     assert list((home / "results" / "smoke" / "work").iterdir()) == []
     assert (home / "paper" / "kdlib-smoke.pdf").read_bytes().startswith(b"%PDF")
-    assert {path.stem for path in (home / "results" / "smoke" / "numbers").iterdir()} == set(report.analyses(GRIDS))
+    assert {path.stem for path in (home / "results" / "smoke" / "numbers").iterdir()} == set(outputs.analyses(GRIDS))
     assert {path: path.stat().st_mtime_ns for path in done} == done, "a finished run was made again"
 
 
@@ -175,7 +175,7 @@ def test_a_deleted_file_is_made_again_with_what_was_made_from_it(study):
     student = next((home / "results" / "smoke" / "runs").glob("student-*"))
     kept = student.rename(home / student.name)
     # Not the ensembles it is a member of: the same id means the same numbers.
-    assert jobs(home) == {"run", "paper"} | {f"analysis_{name}" for name in report.analyses(GRIDS)}
+    assert jobs(home) == {"run", "paper"} | {f"analysis_{name}" for name in outputs.analyses(GRIDS)}
     kept.rename(student)
     assert jobs(home) == set()
 
@@ -186,7 +186,7 @@ def test_every_profile_is_planned_without_network_or_results(profile, tmp_path, 
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("KDLIB_CACHE", str(tmp_path / "cache"))
     out = finished(snakemake(tmp_path, "--dry-run", profile=profile))
-    jobs = len(design.study(profile)) + len(report.analyses(())) + 2
+    jobs = len(design.study(profile)) + len(outputs.analyses(())) + 2
     assert re.search(rf"^total +{jobs}$", out, re.MULTILINE)
     assert not (tmp_path / "results").exists() or list((tmp_path / "results").rglob("*.json")) == []
 

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import synthetic_results
 
-from kdlib.analysis import accounts, comparison, figures, report
+from kdlib.analysis import accounts, comparison, figures, grids, outputs, panels, report
 from kdlib.errors import KdlibError
 from kdlib.study import store
 from kdlib.study.profiles import NOTEBOOKS, REPOSITORY
@@ -68,6 +68,7 @@ def test_the_rule_lets_lengths_code_and_lookups_pass(allowed, kind):
     assert literals(r"\begin{document} " + allowed if kind == "latex" else allowed, kind) == []
 
 
+READERS = [name for name, (_, section) in NOTEBOOKS.items() if section == "analysis"]
 TEXTS = [path for path in sorted((REPOSITORY / "paper").glob("*.tex")) if path.stem != "references"]
 
 
@@ -131,13 +132,14 @@ def test_a_changed_result_shows_as_a_number_that_is_no_longer_its_lookup(home, t
 @pytest.mark.slow
 def test_analyses_write_what_is_listed_and_every_figure_has_its_table(home):
     results, drawn = home / "results" / "smoke", home / "figures" / "smoke"
-    analyses = report.analyses(store.grids("smoke"))
-    tables = {stem for stems, _ in analyses.values() for stem in stems}
-    pictures = {stem for _, stems in analyses.values() for stem in stems}
+    analyses = outputs.analyses(store.grids("smoke")).values()
+    tables = {stem for analysis in analyses for stem in analysis.tables}
+    pictures = {stem for analysis in analyses for stem in analysis.figures}
     assert {path.stem for path in results.glob("*.csv")} == tables
     assert {path.name for path in drawn.iterdir()} == {f"{stem}.{kind}" for stem in pictures for kind in ("pdf", "png")}
     assert pictures <= tables
-    assert list(report.ANALYSES) == [name for name, (_, section) in NOTEBOOKS.items() if section == "analysis"]
+    assert {path.stem for path in (results / "numbers").iterdir()} == {analysis.name for analysis in analyses}
+    assert {analysis.notebook for analysis in analyses} == set(READERS), "each has something to read in the smoke profile"
 
 
 @pytest.mark.slow
@@ -145,7 +147,7 @@ def test_the_same_results_give_the_same_bytes_without_a_notebook_or_torch(home, 
     shutil.copytree(home / "results" / "smoke" / "runs", tmp_path / "results" / "smoke" / "runs")
     shutil.copy(home / "results" / "smoke" / "plan.json", tmp_path / "results" / "smoke")
     code = []
-    for name in report.analyses(store.grids("smoke")):
+    for name in READERS:  # with the defaults that are in them, which are those of the smoke profile
         notebook = nbformat.read(REPOSITORY / "notebooks" / f"{name}.ipynb", as_version=4)
         code.append("\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code"))
     program = "import sys\n" + "".join(f"exec({one!r}, {{}})\n" for one in code) + 'assert "torch" not in sys.modules'
@@ -158,7 +160,7 @@ def test_the_same_results_give_the_same_bytes_without_a_notebook_or_torch(home, 
         assert (tmp_path / path.relative_to(home)).read_bytes() == path.read_bytes(), path.name
 
 
-@pytest.mark.parametrize("name", report.ANALYSES)
+@pytest.mark.parametrize("name", READERS)
 def test_analysis_notebooks_are_short_stripped_and_declare_their_parameters(name):
     notebook = nbformat.read(REPOSITORY / "notebooks" / f"{name}.ipynb", as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -295,6 +297,29 @@ def test_set_up_is_what_was_run_whatever_the_profile_says_now(synthetic, monkeyp
     pd.testing.assert_frame_equal(accounts.setup("smoke", 1000), before)
 
 
+@pytest.mark.parametrize(
+    ("source", "called"),
+    [
+        ("smollm2-135m-instruct", "smollm2-135m-instruct"),
+        ("owner/model@0123abc", "owner/model@0123abc"),
+        ("/data/people/me/my-teacher", "my-teacher"),
+        ("~/models/my-teacher/", "my-teacher"),
+        ("models/tiny.gguf", "tiny.gguf"),
+        (".", "a local model"),
+    ],
+)
+def test_a_local_teacher_is_called_by_its_name_not_by_where_it_lies(synthetic, source, called):
+    for run in accounts._of_kind("smoke", "teacher"):
+        settings = run.settings
+        settings["parameters"] |= {"source": source, "adaptation": "lora"}
+        store.write_json(run.path / "settings.json", settings)
+    for run in accounts._of_kind("smoke", "student"):
+        settings = run.settings
+        settings["parameters"]["teacher"] = "lora"
+        store.write_json(run.path / "settings.json", settings)
+    assert accounts.setup("smoke", 1000).set_index("name").value["teacher"] == called
+
+
 def test_set_up_tells_of_targets_from_elsewhere_and_of_a_weight_on_a_schedule(synthetic):
     (targets,) = accounts._of_kind("smoke", "targets")
     settings = targets.settings
@@ -321,6 +346,29 @@ def test_targets_of_a_writer_that_timed_none_have_no_speed(synthetic):
     store.write_json(targets.path / "metrics.json", targets.metrics | {"tokens_per_second": None})
     cost = accounts.cost("smoke").set_index("what")
     assert cost.tokens["writing targets"] == targets.metrics["tokens"] and np.isnan(cost.seconds["writing targets"])
+
+
+def test_every_grid_has_an_analysis_whose_files_no_other_writes():
+    held = ["all_of_it", "targets", "methods", "kd_weight", "depth", "depth_runs", "depth_grid", *grids.KNOWN, "runs"]
+    analyses = outputs.analyses(held)
+    files = [stem for analysis in analyses.values() for stem in analysis.tables]
+    assert len(files) == len(set(files)) == sum(len(one.tables) for one in outputs.COMPARISON) + 3 * len(held)
+    assert list(analyses)[:6] == ["10_objectives", "11_target_fidelity", "12_methods", "15_calibration", "17_cost", "21_grid_weights"]
+    assert [analysis.grid for analysis in analyses.values() if analysis.grid][1:6] == list(grids.KNOWN)
+    assert analyses["21_grid_depth"].arguments == ["notebooks/21_grid.ipynb", "--set", "grid=depth"]
+    assert analyses["11_target_fidelity"].arguments == ["notebooks/11_target_fidelity.ipynb"]
+
+
+def test_a_profile_without_grids_has_the_analyses_of_its_comparison():
+    assert [analysis.notebook for analysis in outputs.analyses([]).values()] == [one.notebook for one in outputs.COMPARISON]
+
+
+@pytest.mark.parametrize("name", [*grids.KNOWN, "of_my_own"])
+def test_the_description_of_a_grid_names_panels_that_there_are(name):
+    about = grids.describe(name)
+    assert set(about.panels) <= set(panels.PANELS) and len(about.panels) == len(about.widths)
+    assert about.about.startswith("**") and about.student.format("x") != about.student
+    assert {"Student", "NLL", "ECE"} <= set(about.columns)
 
 
 @pytest.mark.parametrize(

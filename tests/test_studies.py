@@ -14,7 +14,7 @@ import pytest
 import synthetic_results
 import yaml
 
-from kdlib.analysis import comparison, paper, report, statistics, studies
+from kdlib.analysis import comparison, grids, outputs, paper, report, statistics, studies
 from kdlib.errors import KdlibError
 from kdlib.study import store
 from kdlib.study.profiles import REPOSITORY
@@ -47,6 +47,7 @@ GRIDS = {
         "base": {"objective": "online_kd", "batch_size": 8},
         "students": {"real text": {}, "random tokens": {"text": "uniform"}, "50 % & more": {"text": "teacher"}},
     },
+    "my_depths": {"seeds": [1, 2], "base": {"batch_size": 4}, "students": {"one layer": {}}, "vary": {"layers": [2, 3]}},
 }  # fmt: skip
 
 BEST_ON_VALIDATION = "kd_weight 0.5, temperature 2.0"
@@ -86,10 +87,11 @@ def invented(profile, tmp_path_factory):
 def printed(profile, invented):
     """What the analyses print when all of them have read the invented results, in one process without kernels."""
     code = []
-    for name in report.ANALYSES:
-        notebook = nbformat.read(REPOSITORY / "notebooks" / f"{name}.ipynb", as_version=4)
+    for analysis in outputs.analyses(GRIDS).values():
+        notebook = nbformat.read(REPOSITORY / "notebooks" / f"{analysis.notebook}.ipynb", as_version=4)
         cells = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
-        code.append(cells.replace('profile = "smoke"\nresamples = 1000', f"profile = {profile!r}\nresamples = 200"))
+        cells = cells.replace('profile = "smoke"\nresamples = 1000', f"profile = {profile!r}\nresamples = 200")
+        code.append(cells.replace('grid = "weights"', f"grid = {analysis.grid!r}"))
     program = "import sys\n" + "".join(f"exec({one!r}, {{}})\n" for one in code) + 'assert "torch" not in sys.modules'
     environment = {**os.environ, "KDLIB_HOME": str(invented), "MPLBACKEND": "agg"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
@@ -230,6 +232,19 @@ def test_nothing_to_choose_from_is_told(profile, home):
         studies.best(studies.students(profile, "losses"), ["reverse KL"])
 
 
+def test_the_reference_is_the_first_cell_or_the_constant_that_validation_chose(profile, home):
+    for grid, reference in {"losses": "forward KL", "my_depths": "one layer", "weights": BEST_ON_VALIDATION}.items():
+        table = studies.students(profile, grid)
+        found = studies.best(table, studies.candidates(table, grid))
+        assert found == reference
+        told = [a for a, b in studies.compared(table, grid, found) if b == found]
+        constants = [cell for cell in table.cell.unique() if cell.startswith("kd_weight")]
+        assert told == [cell for cell in table.cell.unique() if cell not in [reference, *constants]]
+    alone = table[table.kd_weight.notna() & table.temperature.notna()]
+    told = studies.compared(alone, "weights", BEST_ON_VALIDATION)
+    assert len(told) == 3 and {b for _, b in told} == {BEST_ON_VALIDATION}, "constants among themselves, where that is all there is"
+
+
 # Comparing
 
 
@@ -278,19 +293,30 @@ def test_a_missing_student_is_named(profile, fresh):
 
 @pytest.mark.slow
 def test_every_study_writes_what_is_listed(home, printed):
-    for name, (tables, pictures) in report.ANALYSES.items():
-        files = [home / "results" / "grids" / f"{stem}.csv" for stem in tables]
-        files += [home / "figures" / "grids" / f"{stem}.{kind}" for stem in pictures for kind in ("pdf", "png")]
+    for name, one in outputs.analyses(GRIDS).items():
+        files = [home / "results" / "grids" / f"{stem}.csv" for stem in one.tables]
+        files += [home / "figures" / "grids" / f"{stem}.{kind}" for stem in one.figures for kind in ("pdf", "png")]
         files += [home / "results" / "grids" / "numbers" / f"{name}.json"]
         assert [path.name for path in files if not path.is_file()] == []
 
 
 @pytest.mark.slow
 def test_a_study_ends_with_its_findings(home, printed):
-    for stem in [f"{report.ANALYSES[name][0][0]}_differences" for name in report.GRIDS]:
+    for stem in [stem for one in outputs.analyses(GRIDS).values() if one.grid for stem in one.findings]:
         for sentence in pd.read_csv(home / "results" / "grids" / f"{stem}.csv").sentence:
             assert sentence in printed
     assert len(re.findall(r"The student “.*” reaches \d+\.\d% of the teacher's accuracy", printed)) == 2
+
+
+@pytest.mark.slow
+def test_a_grid_of_ones_own_has_tables_a_figure_and_numbers(profile, home, printed):
+    means = pd.read_csv(home / "results" / "grids" / "my_depths_grid.csv")
+    assert list(means.cell) == ["one layer", "layers 2", "layers 3"] and set(means.runs) == {2}
+    told = pd.read_csv(home / "results" / "grids" / "my_depths_grid_differences.csv")
+    assert set(told.b) == {"one layer"} and list(told.a.unique()) == ["layers 2", "layers 3"]
+    numbers = json.loads((home / "results" / "grids" / "numbers" / "21_grid_my_depths.json").read_text())
+    assert float(numbers["my_depths_grid/layers 2/nll"]["text"]) == round(means.nll[1], 3)
+    assert "| `my_depths` |" in "\n".join(report._studies(profile))
 
 
 @pytest.mark.slow
@@ -318,13 +344,15 @@ def test_the_paper_has_a_table_and_findings_for_every_grid_there_is(profile, ana
     found = json.loads(plan.read_text())
     found["grids"].pop("losses")
     store.write_json(plan, found)
-    written = {path.name for path in paper.generate(profile).iterdir()}
-    stems = {stems[0] for name, (stems, _) in report.ANALYSES.items() if name in report.GRIDS}
+    folder = paper.generate(profile)
+    written = {path.name for path in folder.iterdir()}
+    stems = {one.tables[0] for one in outputs.analyses(GRIDS).values() if one.grid}
     assert {f"table-{stem}.tex" for stem in stems} - written == {"table-losses.tex"}
     assert {f"findings-{stem}_differences.tex" for stem in stems} - written == {"findings-losses_differences.tex"}
     main = (paper.SOURCE / "main.tex").read_text()
-    assert set(re.findall(r"\\study\{(\w+)\}", main)) == stems
-    for stem in stems:
+    assert set(re.findall(r"\\study\{(\w+)\}", main)) == stems - {"my_depths_grid"}
+    assert (folder / "own-grids.tex").read_text() == "\\owngrid{my\\_depths}{my_depths_grid}\n"
+    for stem in stems - {"my_depths_grid"}:
         text = (paper.SOURCE / f"{stem}.tex").read_text()
         assert rf"\generated{{{stem}}}" in text and rf"\input{{findings-{stem}_differences.tex}}" in text
         assert paper.shown(text) == set(), "numbers of a grid are not checked before LaTeX runs"
@@ -346,5 +374,6 @@ def test_the_paper_of_every_grid_compiles(profile, analysed_copy):
     build = analysed_copy / "paper" / "build" / "grids"
     log, labels = (build / "main.log").read_text(errors="replace"), (build / "main.aux").read_text(errors="replace")
     assert "undefined" not in log and "Overfull" not in log
-    for stems, _ in [report.ANALYSES[name] for name in report.GRIDS]:
-        assert rf"\newlabel{{{stems[0].replace('_', '-')}}}" in labels
+    for about in map(grids.describe, GRIDS):
+        stem = "targets" if about.stem == "targets_grid" else about.stem
+        assert rf"\newlabel{{{stem if stem == 'my_depths_grid' else stem.replace('_', '-')}}}" in labels

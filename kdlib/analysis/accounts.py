@@ -1,6 +1,8 @@
 """What was run and what it cost, as tidy tables: settings, corpus, vocabulary, work."""
 
+import re
 from inspect import signature
+from pathlib import PurePath
 
 import numpy as np
 import pandas as pd
@@ -56,7 +58,7 @@ def setup(profile: str, resamples: int) -> pd.DataFrame:
         "near_duplicates": sum(sum(domain["near_duplicates"].values()) for domain in card["domains"].values()),
         "block_length": text.settings["parameters"]["block_length"],
         "vocabulary": text.metrics["vocabulary"]["size"],
-        "teacher": "a small model" if teacher["adaptation"] == "scratch" else teacher["source"],
+        "teacher": "a small model" if teacher["adaptation"] == "scratch" else _called(teacher["source"]),
         "adaptation": TEACHERS[teacher["adaptation"]],
         "targets": TARGETS[targets["kind"]].format(**targets) + (STRATIFIED if targets.get("stratified") else ""),
         **{name: "on a schedule" if isinstance(student[name], dict) else student[name] for name in read},
@@ -72,6 +74,12 @@ def setup(profile: str, resamples: int) -> pd.DataFrame:
         {"name": name, "value": f"{value:g}" if isinstance(value, float) else str(value)}
         for name, value in values.items()
     )
+
+
+def _called(source: str) -> str:
+    """A teacher's source as a paper names it: a local model by its file's or folder's name, not by where it lies."""
+    hub = re.fullmatch(r"[\w.-]+/[\w.-]+@\S+", source)
+    return source if hub else PurePath(source).name or "a local model"
 
 
 def _of_kind(profile: str, kind: str) -> list[store.Run]:

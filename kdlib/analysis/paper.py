@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from kdlib.analysis import figures, report
+from kdlib.analysis import figures, outputs, report
 from kdlib.data import archives, sources
 from kdlib.errors import KdlibError
 from kdlib.study import profiles, store
@@ -28,18 +28,18 @@ TINYTEX = {"linux-x86_64": "x86_64-linux", "darwin-x86_64": "universal-darwin", 
 def missing(profile: str) -> list[Path]:
     """Analysis outputs that the paper needs and that are not there."""
     tables, drawn = store.results(profile), figures.folder(profile)
-    analyses = report.analyses(store.grids(profile))
-    wanted = [tables / "numbers" / f"{notebook}.json" for notebook in analyses]
-    for stems, pictures in analyses.values():
-        wanted += [tables / f"{stem}.csv" for stem in stems] + [drawn / f"{stem}.pdf" for stem in pictures]
+    analyses = outputs.analyses(store.grids(profile))
+    wanted = [tables / "numbers" / f"{name}.json" for name in analyses]
+    for one in analyses.values():
+        wanted += [tables / f"{stem}.csv" for stem in one.tables] + [drawn / f"{stem}.pdf" for stem in one.figures]
     return [path for path in wanted if not path.is_file()]
 
 
 def shown(tex: str) -> set[str]:
-    r"""Names of the numbers that a LaTeX text shows: ``\result{…}``, and its short forms ``\setting{…}`` and
-    ``\amount{…}``."""
+    r"""Names of the numbers that a LaTeX text shows: ``\result{…}``, and its short forms ``\setting{…}``,
+    ``\counted{…}{noun}`` and ``\amount{…}``."""
     text = re.sub(r"(?<!\\)%.*", "", tex)
-    names = {f"setup/{name}/value" for name in re.findall(r"\\setting\{([^}#]+)\}", text)}
+    names = {f"setup/{name}/value" for name in re.findall(r"\\(?:setting|counted)\{([^}#]+)\}", text)}
     names |= {f"setup/{name}/si" for name in re.findall(r"\\amount\{([^}#]+)\}", text)}
     return names | set(re.findall(r"\\result\{([^}#]+)\}", text))
 
@@ -67,14 +67,16 @@ def generate(profile: str) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / "numbers.tex").write_text(report.latex_macros(found), encoding="utf-8")
-    written = [stem for stems, _ in report.analyses(store.grids(profile)).values() for stem in stems]
-    for name, table in report.TABLES.items():
-        if table.csv not in written:
-            continue  # of a grid that this profile does not have; main.tex leaves its section out
+    for name, table in report.tables(profile).items():
         (folder / f"table-{name}.tex").write_text(report.latex_table(table, profile), encoding="utf-8")
-    for stem in [stem for stem in report.FINDINGS if stem in written]:
+    analyses = outputs.analyses(store.grids(profile)).values()
+    for stem in [stem for analysis in analyses for stem in analysis.findings]:
         items = [f"\\item {report.latex(sentence)}\n" for sentence in report.findings(profile, stem)]
         (folder / f"findings-{stem}.tex").write_text("".join(items), encoding="utf-8")
+    # A grid of the profile's own has no text in paper/ to bring it in.
+    own = [(one.grid, one.tables[0]) for one in analyses if one.grid and not (SOURCE / f"{one.tables[0]}.tex").is_file()]
+    calls = [f"\\owngrid{{{report.latex(grid)}}}{{{stem}}}\n" for grid, stem in own]
+    (folder / "own-grids.tex").write_text("".join(calls), encoding="utf-8")
     return folder
 
 
@@ -155,9 +157,10 @@ def engine() -> str:
 
 
 def main(profile: str, analyses: bool = False) -> int:
-    """Build the paper of a profile and redraw the README, or only name the notebooks that it is drawn from."""
+    """Build the paper of a profile and redraw the README, or only tell how ``kdlib run`` is called for what it is drawn from."""
     if analyses:
-        print(*report.analyses(store.grids(profile)), sep="\n")
+        found = outputs.analyses(store.grids(profile)).values()
+        print(*(" ".join(one.arguments) for one in found), sep="\n")
         return 0
     print(build(profile))
     # A results home apart from the repository has no README to redraw.

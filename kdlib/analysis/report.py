@@ -14,40 +14,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from kdlib.analysis import grids, outputs
 from kdlib.errors import KdlibError
 from kdlib.study import store
 
-# What each analysis writes: tables results/<profile>/<table>.csv and figures figures/<profile>/<figure>.{pdf,png}, each
-# of which has a table of its name.
-ANALYSES = {
-    "10_objectives": (
-        ["objectives", "objectives_seeds", "objectives_differences", "learning_curves"],
-        ["objectives", "learning_curves"],
-    ),
-    "11_target_fidelity": (["targets", "targets_runs", "targets_differences"], ["targets"]),
-    "12_methods": (["methods", "methods_differences"], ["methods"]),
-    "15_calibration": (["calibration", "reliability"], ["reliability"]),
-    "17_cost": (["runs", "setup", "corpus", "vocabulary", "cost"], ["cost"]),
-    "21_kd_weight": (["kd_weight", "kd_weight_runs", "kd_weight_differences"], ["kd_weight"]),
-    "22_losses": (["losses", "losses_runs", "losses_differences"], ["losses"]),
-    "23_features": (["features", "features_runs", "features_differences"], ["features"]),
-    "24_initialisation": (
-        ["initialisation", "initialisation_runs", "initialisation_differences"],
-        ["initialisation"],
-    ),
-    "25_data": (["data", "data_runs", "data_differences"], ["data"]),
-}
-# Analyses of a grid of the profile, which not every profile has.
-GRIDS = {
-    "11_target_fidelity": "targets",
-    "21_kd_weight": "weights",
-    "22_losses": "losses",
-    "23_features": "features",
-    "24_initialisation": "initialisation",
-    "25_data": "data",
-}
-# Tables whose rows are sentences: what a study found.
-FINDINGS = [stem for stems, _ in ANALYSES.values() for stem in stems if stem.endswith("_differences")]
 README_FINDINGS = ("objectives_differences", "methods_differences")
 README_PROFILE = "laptop"
 README_FIGURES = {
@@ -57,17 +27,16 @@ README_FIGURES = {
 }
 
 
-def analyses(grids: Iterable[str]) -> dict[str, tuple[list[str], list[str]]]:
-    """The part of :data:`ANALYSES` that a profile with these grids has."""
-    grids = set(grids)
-    return {name: written for name, written in ANALYSES.items() if name not in GRIDS or GRIDS[name] in grids}
-
-
 def save_table(frame: pd.DataFrame, profile: str, stem: str) -> None:
     """Write ``results/<profile>/<stem>.csv``: six digits, whole numbers in full, empty cells for what is unknown."""
     path = store.results(profile) / f"{stem}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    frame.convert_dtypes().to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
+    path.write_text(as_csv(frame), encoding="utf-8", newline="\n")
+
+
+def as_csv(frame: pd.DataFrame) -> str:
+    """A table as its file holds it."""
+    return frame.convert_dtypes().to_csv(index=False, float_format="%.6g", lineterminator="\n")
 
 
 class _Formatter(string.Formatter):
@@ -128,12 +97,13 @@ def look_up(profile: str, lookup: dict) -> str:
     return render(lookup["format"], found[0])
 
 
-def save_numbers(profile: str, notebook: str, shown: dict[str, tuple[list[str], dict[str, str]]]) -> None:
+def save_numbers(profile: str, analysis: str, shown: dict[str, tuple[list[str], dict[str, str]]]) -> None:
     """Register cells of saved tables as numbers of the paper, named ``<table>/<key>/…/<name>``.
 
-    Writes ``results/<profile>/numbers/<notebook>.json``.
+    Writes ``results/<profile>/numbers/<analysis>.json``.
 
     Args:
+        analysis: the name of a notebook, with that of a grid where it takes one (:attr:`kdlib.analysis.outputs.Analysis.name`).
         shown: table: (columns that together name a row, {name of the number: format string over the row's columns}).
     """
     found = {}
@@ -143,7 +113,7 @@ def save_numbers(profile: str, notebook: str, shown: dict[str, tuple[list[str], 
             for name, template in formats.items():
                 lookup = {"csv": stem, "where": where, "format": template}
                 found["/".join([stem, *where.values(), name])] = lookup | {"text": look_up(profile, lookup)}
-    path = store.results(profile) / "numbers" / f"{notebook}.json"
+    path = store.results(profile) / "numbers" / f"{analysis}.json"
     path.parent.mkdir(exist_ok=True)
     store.write_json(path, found)
 
@@ -155,12 +125,12 @@ def numbers(profile: str) -> dict[str, str]:
         KdlibError: an analysis has not been run.
     """
     found = {}
-    for notebook in analyses(store.grids(profile)):
-        path = store.results(profile) / "numbers" / f"{notebook}.json"
+    for name, analysis in outputs.analyses(store.grids(profile)).items():
+        path = store.results(profile) / "numbers" / f"{name}.json"
         if not path.is_file():
             raise KdlibError(
-                f"The analysis {notebook} of profile {profile!r} has not been run ({path} is missing). "
-                f"Run it with: python -m kdlib.study.runner notebooks/{notebook}.ipynb --profile {profile}"
+                f"The analysis {name} of profile {profile!r} has not been run ({path} is missing). "
+                f"Run it with: python -m kdlib.study.runner {' '.join(analysis.arguments)} --profile {profile}"
             )
         found |= {name: lookup["text"] for name, lookup in store.read_json(path).items()}
     return found
@@ -237,9 +207,6 @@ _TARGETS = {
     "ECE": "{ece:.3f}",
     "Near": "{near}",
 }
-_STUDENT = {"Student": "{cell}", "Runs": "{runs}", "Tokens": "{tokens:si}", "NLL": "{nll:.3f}"}
-_STUDENT_QUALITY = _CALIBRATED | {"ECE": "{ece:.3f}", "Accuracy": "{accuracy:.3f}"}
-_SPEED = {"Tokens/s": "{tokens_per_second:si}"}
 TABLES = {
     "corpus": Table("corpus", _CORPUS),
     "vocabulary": Table("vocabulary", _VOCABULARY),
@@ -254,17 +221,15 @@ TABLES = {
     "targets": Table("targets", _TARGETS),
     "targets_differences": Table("targets_differences", _DIFFERENCE, {"split": "test"}),
     "cost": Table("cost", _COST),
-    "kd_weight": Table(
-        "kd_weight", _STUDENT | {"Validation NLL": "{validation_nll:.3f}", "Chosen": "{chosen}"} | _STUDENT_QUALITY
-    ),
-    "losses": Table("losses", _STUDENT | _STUDENT_QUALITY | _SPEED),
-    "features": Table("features", _STUDENT | _STUDENT_QUALITY | {"Training FLOPs": "{flops:si}"} | _SPEED),
-    "initialisation": Table(
-        "initialisation",
-        _STUDENT | _STUDENT_QUALITY | {"Of the teacher's": "{share:.1%}", "Parameters": "{parameters:si}"},
-    ),
-    "data": Table("data", _STUDENT | {"Out of domain": "{ood_nll:.3f}"} | _STUDENT_QUALITY),
 }
+
+
+def tables(profile: str) -> dict[str, Table]:
+    """The tables of the paper that the profile's results hold: those of its comparison, and one for each of its grids."""
+    held = store.grids(profile)
+    found = TABLES | {about.stem: Table(about.stem, about.columns) for about in map(grids.describe, held)}
+    written = {stem for analysis in outputs.analyses(held).values() for stem in analysis.tables}
+    return {name: table for name, table in found.items() if table.csv in written}
 
 
 def findings(profile: str, stem: str) -> list[str]:
@@ -336,14 +301,15 @@ def _results(profile: str) -> str:
         return f"No results of the profile `{profile}` yet: `make paper PROFILE={profile}` fills this part in."
     found, table = numbers(profile), TABLES["methods"]
     setup = {name: found[f"setup/{name}/value"] for name in ("runs", "device", "epochs")}
+    epochs = f"{setup['epochs']} epoch{'' if setup['epochs'] == '1' else 's'}"
     about = (
         f"Drawn from the {setup['runs']} runs of the profile `{profile}` on {setup['device']}: "
-        f"{found['setup/train_tokens/si']} tokens of training text, {setup['epochs']} epochs. Losses are nats per "
+        f"{found['setup/train_tokens/si']} tokens of training text, {epochs}. Losses are nats per "
         "token of test text, with bootstrap intervals over seeds and sources."
     )
     said = [f"- {sentence}" for stem in README_FINDINGS for sentence in findings(profile, stem)]
-    held = analyses(store.grids(profile)).values()
-    drawn = {stem for _, stems in held for stem in stems}
+    held = outputs.analyses(store.grids(profile)).values()
+    drawn = {stem for analysis in held for stem in analysis.figures}
     pictures = {
         stem: f"![{alt}](figures/{profile}/{stem}.png)" for stem, alt in README_FIGURES.items() if stem in drawn
     }
@@ -355,9 +321,9 @@ def _results(profile: str) -> str:
 def _studies(profile: str) -> list[str]:
     """What each grid found on test text: who is better or worse than its reference, and by how much."""
     body, seeds = [], set()
-    for name in analyses(store.grids(profile)):
-        if name in GRIDS:
-            stem = ANALYSES[name][0][0]
+    for analysis in outputs.analyses(store.grids(profile)).values():
+        if analysis.grid:
+            stem = analysis.tables[0]
             found = rows(profile, f"{stem}_differences", {"split": "test"})
             told = {verdict: [row for row in found if row["verdict"] == verdict] for verdict in ("yes", "no")}
             cells = ["; ".join(f"{row['a']} ({float(row['difference']):+.2f})" for row in one) for one in told.values()]
@@ -365,7 +331,7 @@ def _studies(profile: str) -> list[str]:
             seeds |= {row["runs"] for row in found}
             lengths = sorted(rows(profile, stem, {}), key=lambda row: float(row["tokens"]))
             tokens = dict.fromkeys(render("{tokens:si}", row) for row in (lengths[0], lengths[-1]))
-            study = [f"`{GRIDS[name]}`", " to ".join(tokens), found[0]["b"]]
+            study = [f"`{analysis.grid}`", " to ".join(tokens), found[0]["b"]]
             body.append([*study, *(cell or "none" for cell in cells), str(undecided)])
     if not body:
         return []

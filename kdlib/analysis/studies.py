@@ -7,10 +7,11 @@ chosen by validation text, and told about by test text.
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
-from kdlib.analysis import comparison
+from kdlib.analysis import comparison, grids
 from kdlib.errors import KdlibError
 from kdlib.study import store
 
@@ -24,12 +25,19 @@ def students(profile: str, grid: str) -> pd.DataFrame:
     non_embedding; of its training tokens, seconds, tokens_per_second and flops (the student's passes, and those of a
     teacher in the loop); target_flops: what the teacher computed for the targets that the run read, which all their
     students share (0 where it read none); run. What a teacher computed to write text or to choose it is in neither.
+    Further ones are those that the grid's description asks for (:mod:`kdlib.analysis.grids`): settings, NaN where a student
+    has none of its own, and share, the student's accuracy divided by its teacher's.
 
     Raises:
-        KdlibError: the results hold no such grid, or not all of its runs.
+        KdlibError: the results hold no such grid, or not all of its runs; or its students share no teacher, and it tells shares.
     """
-    cells = store.cells(profile, grid).items()
-    return pd.DataFrame([{"cell": cell} | _measured(profile, run) for cell, found in cells for run in found])
+    about, cells = grids.describe(grid), store.cells(profile, grid).items()
+    table = pd.DataFrame([{"cell": cell} | _measured(profile, run) for cell, found in cells for run in found])
+    for name in about.settings:
+        table[name] = setting(table, name, np.nan)
+    if about.shares:
+        table["share"] = table.accuracy / teacher(profile, table).metrics["evaluation"]["test"]["accuracy"]
+    return table
 
 
 def _measured(profile: str, run: store.Run) -> dict:
@@ -133,6 +141,20 @@ def best(table: pd.DataFrame, cells: Iterable[str] | None = None) -> str:
             "them will do. Add the kind of students that this analysis chooses from to the profile's grid."
         )
     return found.groupby("cell", sort=False).validation_nll.mean().idxmin()
+
+
+def candidates(table: pd.DataFrame, grid: str) -> list[str]:
+    """The cells of a grid that its reference is chosen from by :func:`best`: the first alone, or all that are constant."""
+    constant = list(grids.describe(grid).constant)
+    found = table[table[constant].notna().all(axis=1)] if constant else table[:1]
+    return list(found.cell.unique())
+
+
+def compared(table: pd.DataFrame, grid: str, reference: str) -> list[tuple[str, str]]:
+    """The cells that a grid compares with its reference: those that it was not chosen from, or all others if there are none."""
+    chosen = candidates(table, grid)
+    pairs = against(table, reference)
+    return [(cell, reference) for cell, _ in pairs if cell not in chosen] or pairs
 
 
 def against(table: pd.DataFrame, reference: str) -> list[tuple[str, str]]:

@@ -78,6 +78,12 @@ class AnalysisParameters(Parameters):
     resamples: int = Field(ge=100, le=1_000_000, description="bootstrap resamples")
 
 
+class GridParameters(AnalysisParameters):
+    """``21_grid``: one of the profile's grids of students."""
+
+    grid: str = Field(description="a grid that the profile names under study: grids (targets has a notebook of its own)")
+
+
 class TourParameters(Parameters):
     """``00_tour``: the whole idea on a handful of documents."""
 

@@ -9,19 +9,26 @@ import difflib
 from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from kdlib.errors import KdlibError
 from kdlib.study.kinds import kinds
-from kdlib.study.parameters import Adaptation, AnalysisParameters, Parameters, Pool, Seed, TourParameters
+from kdlib.study.parameters import (
+    Adaptation,
+    AnalysisParameters,
+    GridParameters,
+    Parameters,
+    Pool,
+    Seed,
+    TourParameters,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ANALYSES = ("10_objectives", "11_target_fidelity", "12_methods", "15_calibration", "17_cost")
-ANALYSES += ("21_kd_weight", "22_losses", "23_features", "24_initialisation", "25_data")
-GRIDS = ("targets", "weights", "losses", "features", "initialisation", "data")
+GridName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 # Notebooks whose globals held parameters alone when they were first looked at in this process.
 _seen: set[str] = set()
 
@@ -71,7 +78,13 @@ class Study(BaseModel):
         description="further ways to form an ensemble: the name in tables, and options of the method of that name, or of another "
         "as in {method: bagging, share: 0.6}",
     )
-    grids: dict[Literal[GRIDS], Grid] = Field({}, description="further studies, each made when it is asked for by name")
+    grids: dict[GridName, Grid] = Field({}, description="further studies, each made when it is asked for by name")
+
+    @model_validator(mode="after")
+    def _all_is_no_grid(self):
+        if "all" in self.grids:
+            raise ValueError("a grid must not be called all, which stands for every one in GRIDS=all; give it another name")
+        return self
 
     @model_validator(mode="after")
     def _paper_has_what_it_shows(self):
@@ -133,6 +146,7 @@ def notebooks() -> dict[str, tuple[type[Parameters], str]]:
     """Each notebook's parameters and the profile section that fills them, in the order of their numbers."""
     found = {kind.NOTEBOOK: (kind.Parameters, name) for name, kind in kinds().items()}
     found |= {"00_tour": (TourParameters, "tour")} | dict.fromkeys(ANALYSES, (AnalysisParameters, "analysis"))
+    found |= {"21_grid": (GridParameters, "analysis")}
     return dict(sorted(found.items()))
 
 
@@ -198,7 +212,9 @@ def parameters(notebook: str, profile: str, /, **changes: Any) -> Parameters:
     base = getattr(load(profile), section, None)
     _refuse_unknown(model, changes, notebook)
     values = {"profile": profile} if base is None else model.usable(base.model_dump(), changes)
-    return _validated(model, {**values, **changes}, f"notebook {notebook}")
+    if model is GridParameters:
+        values["grid"] = next(iter(_students_grids(profile)), "")
+    return _with_known_grid(_validated(model, {**values, **changes}, f"notebook {notebook}"))
 
 
 def from_notebook(notebook: str, namespace: dict[str, Any]) -> Parameters:
@@ -221,6 +237,19 @@ def from_notebook(notebook: str, namespace: dict[str, Any]) -> Parameters:
     declared = {name: value for name, value in ours.items() if name in model.model_fields}
     checked = _validated(model, declared, f"notebook {notebook}")
     load(checked.profile)
+    return _with_known_grid(checked)
+
+
+def _students_grids(profile: str) -> list[str]:
+    return [name for name in load(profile).study.grids if name != "targets"]
+
+
+def _with_known_grid(checked: Parameters) -> Parameters:
+    if isinstance(checked, GridParameters) and checked.grid not in (known := _students_grids(checked.profile)):
+        raise KdlibError(
+            f"`grid` must be one that profile {checked.profile!r} names under study: grids ({', '.join(known) or 'none yet'}), "
+            f"got {checked.grid!r}. The grid targets is drawn by 11_target_fidelity."
+        )
     return checked
 
 

@@ -65,6 +65,8 @@ def run(notebook: str, profile: str, values: dict[str, Any], output: Path | None
             print(f"{step.id} ({step.label}) exists: {found.path}")
             return 0
         name = f"{name}-{step.id.rsplit('-', 1)[1]}"
+    elif "grid" in type(checked).model_fields:
+        name = f"{name}_{checked.grid}"
     output = output or store.results(profile) / "executed" / f"{name}.ipynb"
     return execute(path, output.resolve(), checked.model_dump(mode="json"))
 
