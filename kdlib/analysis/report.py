@@ -130,7 +130,7 @@ def numbers(profile: str) -> dict[str, str]:
         if not path.is_file():
             raise KdlibError(
                 f"The analysis {name} of profile {profile!r} has not been run ({path} is missing). "
-                f"Run it with: python -m kdlib.study.runner {' '.join(analysis.arguments)} --profile {profile}"
+                f"Run it with: kdlib run {' '.join(analysis.arguments)} --profile {profile}"
             )
         found |= {name: lookup["text"] for name, lookup in store.read_json(path).items()}
     return found

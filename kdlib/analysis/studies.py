@@ -88,8 +88,9 @@ def target_runs(profile: str) -> pd.DataFrame:
 
 
 def setting(table: pd.DataFrame, name: str, default: Any = None) -> list:
-    """A setting of every student; ``default`` for one that does not read it, or has it as students always have."""
-    return [run.settings["parameters"].get(name, default) for run in table.run]
+    """A setting of every student; ``default`` for one that does not read it, has it as students always have, or on a schedule."""
+    found = [run.settings["parameters"].get(name, default) for run in table.run]
+    return [default if isinstance(one, dict) else one for one in found]
 
 
 def teacher(profile: str, table: pd.DataFrame) -> store.Run:

@@ -29,7 +29,7 @@ class Features(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    on: Literal["hidden_mse", "hidden_cosine", "attention_mse", "relation"] = Field(
+    of: Literal["hidden_mse", "hidden_cosine", "attention_mse", "relation"] = Field(
         description="hidden states, attention maps, or query-key-value relations"
     )
     weight: float = Field(1.0, gt=0, description="of this loss, added to the others")
@@ -38,7 +38,7 @@ class Features(BaseModel):
     )
     last_k: PositiveInt | None = Field(None, description="k of layers=last_k")
     relations: list[Literal["query", "key", "value"]] = Field(
-        ["query", "key", "value"], min_length=1, description="vectors compared by on=relation"
+        ["query", "key", "value"], min_length=1, description="vectors compared by of=relation"
     )
     balance: Literal["none", "project", "norm"] = Field(
         "none", description="project: its gradient loses what opposes the main one; norm: it is never the longer"
@@ -92,7 +92,7 @@ class Parameters(parameters.TrainingParameters):
         "members of an ensemble then see different draws, and the teacher runs once",
     )
     features: Features | None = Field(
-        None, description="{on: relation, layers: last, …}: a loss on hidden states or attention (objective=online_kd)"
+        None, description="{of: relation, layers: last, …}: a loss on hidden states or attention (objective=online_kd)"
     )
     architecture: Literal["llama", "gpt2", "qwen3"] = Field(description="transformers architecture of the student")
     layers: PositiveInt = Field(description="depth")
@@ -180,10 +180,10 @@ class Parameters(parameters.TrainingParameters):
 
     @model_validator(mode="after")
     def _layers_can_be_replaced(self):
-        relation = self.features is not None and self.features.on == "relation"
+        relation = self.features is not None and self.features.of == "relation"
         if self.low_precision == "optimizer_and_backward" and (self.architecture == "gpt2" or relation):
             raise ValueError(
-                "low_precision must be optimizer or none with gpt2, which has no nn.Linear layers, and with features on "
+                "low_precision must be optimizer or none with gpt2, which has no nn.Linear layers, and with features of "
                 f"relation, which read them; got {self.low_precision}"
             )
         return self
@@ -210,7 +210,7 @@ class Parameters(parameters.TrainingParameters):
                 part["learning_rate_multipliers"] = [list(pair) for pair in multipliers.items()]
         if "text" in values:
             values["text"] = text.identity(self.text)
-        if self.features and self.features.on != "relation":
+        if self.features and self.features.of != "relation":
             values["features"].pop("relations")
         return values
 
@@ -320,7 +320,7 @@ def untrained(values: Parameters, tokenizer, block_length: int):
     shape = models.Shape(
         layers=values.layers, hidden_size=values.hidden_size, heads=values.heads, architecture=values.architecture
     )
-    maps = values.features is not None and values.features.on == "attention_mse"
+    maps = values.features is not None and values.features.of == "attention_mse"
     return models.build(shape, tokenizer, block_length, values.seed, "eager" if maps else None).to(artefacts.device())
 
 
@@ -338,6 +338,6 @@ def _objective(values: Parameters, inputs: dict[str, Run], train, model, teacher
         cache = artefacts.open_targets(inputs["targets"], inputs["corpus"], train, values.temperature)
         return Objective(terms, cache)
     if asked := values.features:
-        loss = FeatureLoss(model, teacher, asked.on, asked.layers, asked.last_k, asked.relations, seed=values.seed)
+        loss = FeatureLoss(model, teacher, asked.of, asked.layers, asked.last_k, asked.relations, seed=values.seed)
         terms.append(FeatureTerm(loss, asked.weight, asked.balance))
     return Objective(terms, teacher)
