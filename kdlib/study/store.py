@@ -175,9 +175,13 @@ def disagreements(old: dict, new: dict) -> tuple[float, list[str]]:
         largest = max(largest, gap)
         if gap > allowed or before["tokens"] != new["evaluation"][split]["tokens"]:
             told.append(f"{split}: {before['nll']:.4f} nats on {before['tokens']} tokens, now {new['evaluation'][split]['nll']:.4f}")
-    for name in ("card", "vocabulary", "parameters", "tokens"):
+    for name in ("vocabulary", "parameters", "tokens"):
         if name in old and old[name] != new[name]:
             told.append(f"{name}: {old[name]}, now {new[name]}")
+    # Of a corpus, what it holds; how the card tells of it may change.
+    for split, before in old.get("card", {}).get("splits", {}).items():
+        if (now := new["card"]["splits"][split]["tokens"]) != before["tokens"]:
+            told.append(f"{split}: {before['tokens']} tokens, now {now}")
     return largest, told
 
 
