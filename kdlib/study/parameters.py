@@ -440,8 +440,6 @@ class EnsembleParameters(Parameters):
 class AnalysisParameters(Parameters):
     """``10`` and up: read the profile's results, write a table and a figure."""
 
-    resamples: int = Field(ge=100, le=1_000_000, description="bootstrap resamples")
-
 
 class TourParameters(Parameters):
     """``00_tour``: the whole idea on a handful of documents."""

@@ -106,7 +106,6 @@ class Profile(BaseModel):
     student: StudentParameters
     fidelity: FidelityParameters
     ensemble: EnsembleParameters
-    analysis: AnalysisParameters
     study: Study
 
     @model_validator(mode="after")
@@ -192,7 +191,7 @@ def _loaded(name: str, path: Path, modified: int) -> Profile:
         raise KdlibError(f"Profile {path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise KdlibError(f"Profile {path} must hold a mapping with the sections {', '.join(Profile.model_fields)}.")
-    for section in ("corpus", "teacher", "targets", "student", "fidelity", "ensemble", "analysis"):
+    for section in ("corpus", "teacher", "targets", "student", "fidelity", "ensemble"):
         if isinstance(values.get(section), dict):
             values[section] = {"profile": name, **values[section]}
     found = _validated(Profile, values, f"profile {name!r}")
@@ -214,7 +213,8 @@ def parameters(notebook: str, profile: str, /, **changes: Any) -> Parameters:
     if notebook not in NOTEBOOKS:
         raise KdlibError(f"Unknown notebook {notebook!r}. Expected one of {', '.join(NOTEBOOKS)}.")
     model, section = NOTEBOOKS[notebook]
-    base = getattr(load(profile), section).model_dump() if section in Profile.model_fields else {"profile": profile}
+    loaded = load(profile)
+    base = getattr(loaded, section).model_dump() if section in Profile.model_fields else {"profile": profile}
     _refuse_unknown(model, changes, notebook)
     if model is StudentParameters:
         unused = UNUSED.get(changes.get("objective"), ())
