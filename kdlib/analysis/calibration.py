@@ -35,6 +35,12 @@ def floor(histogram: Mapping[str, ArrayLike]) -> float:
     return float(np.sqrt(2 / np.pi) * noise.sum() / total)
 
 
+def error_of_tokens(histogram: Mapping[str, ArrayLike]) -> float:
+    """Standard error of the mean gap between confidence and accuracy, were tokens independent of one another."""
+    _, noise, total = _gaps(histogram)
+    return float(np.sqrt((noise**2).sum()) / total)
+
+
 def _gaps(histogram: Mapping[str, ArrayLike]) -> tuple[np.ndarray, np.ndarray, float]:
     # Σ(confidence − hit) of each bin, and its standard deviation if hits come as often as they are expected.
     counts, sums, hits = (np.asarray(histogram[name], dtype=np.float64) for name in ("counts", "confidence_sums", "hits"))

@@ -28,6 +28,8 @@ TEACHERS = {
     "scratch": "teacher (from scratch)",
 }
 BEST = "its best member"
+# Reliability histograms by the name of the error that they give, before and after the fitted temperature.
+KINDS = {"ece": "raw", "ece_calibrated": "calibrated"}
 
 
 def models(profile: str) -> pd.DataFrame:
@@ -174,6 +176,29 @@ def best_member(ensemble: pd.Series, table: pd.DataFrame) -> store.Run:
     return min(members, key=lambda run: run.metrics["evaluation"]["validation"]["nll"])
 
 
+def calibration_errors(table: pd.DataFrame) -> pd.DataFrame:
+    """ECE of every method's first choice, a row per method, split and kind (raw, calibrated), averaged over its runs.
+
+    ``ece`` is the plain estimate and ``floor`` what it would be on average if the model were calibrated; ``debiased``, with ``low``
+    and ``high``, is what is left without chance (:mod:`kdlib.analysis.calibration`). The interval is over runs, where there are several, and
+    over sources within their domain, as far as accuracy beyond what the loss explains shows them to vary, but no less than independent
+    tokens would.
+    """
+    rows = []
+    for (method, group), split in itertools.product(table.groupby("method", sort=False), TEXTS):
+        runs, text = list(group.run), losses(list(group.run), split)
+        for measure, kind in KINDS.items():
+            bins, (values, sums) = [run.metrics["reliability"][split][kind] for run in runs], _values(runs, split, measure)
+            seen = variance.of_sources(sums.mean(axis=0), text.tokens, variance.strata(text.domains)).value.sum() ** 0.5
+            sums *= max(1.0, np.mean([calibration.error_of_tokens(one) for one in bins]) / seen)
+            found = statistics.estimate([(values, sums)], text.tokens, text.domains)
+            row = {"method": method, "split": split, "kind": kind, "runs": len(runs)}
+            row["ece"] = np.mean([run.metrics["evaluation"][split][measure] for run in runs])
+            row["floor"] = np.mean([calibration.floor(one) for one in bins])
+            rows.append(row | {"debiased": found.difference, "low": found.low, "high": found.high})
+    return pd.DataFrame(rows)
+
+
 def rivals(ensembles: pd.DataFrame) -> list[tuple[str, str]]:
     """Pairs A, B of ensemble methods worth comparing, run by run: two pools of the same members, or two objectives under one pool."""
     kinds = ensembles.drop_duplicates("method")[["method", "objective", "pool"]].to_dict("records")
@@ -221,8 +246,21 @@ def _values(runs: Sequence[store.Run], split: str, measure: str) -> tuple[np.nda
     found = losses(runs, split)
     if measure == "nll":
         return found.nll.sum(axis=1) / found.tokens.sum(), found.nll
-    values = [calibration.debiased(run.metrics["reliability"][split]["raw"]) for run in runs]
-    return np.array(values), found.correct
+    values = [calibration.debiased(run.metrics["reliability"][split][KINDS[measure]]) for run in runs]
+    return np.array(values), _unexplained(found)
+
+
+def _unexplained(found: Losses) -> np.ndarray:
+    """What a source's accuracy has that its loss does not explain: stands in for accuracy − confidence, [runs, sources] sums.
+
+    Confidence is kept for whole splits alone. It follows the difficulty of the text, and so does the loss; the slope between
+    accuracy and loss is that between the sources of a domain.
+    """
+    members = variance.strata(found.domains)
+    share = (members * found.tokens[:, None] / (found.tokens @ members)) @ members.T
+    correct, nll = (sums.mean(axis=0) / found.tokens for sums in (found.correct, found.nll))
+    correct, nll = (values - values @ share for values in (correct, nll))
+    return found.correct - (found.tokens * correct @ nll) / ((found.tokens * nll @ nll) or 1.0) * found.nll
 
 
 def _pools(cells: Sequence[Sequence[store.Run]], split: str, measure: str) -> dict[tuple, variance.Pooled]:
@@ -281,12 +319,12 @@ def sentence(row: dict, claim: statistics.Claim) -> str:
     a, b = (name if name == BEST else f"the {name}" for name in (shown["a"], shown["b"]))
     p = "p < 0.001" if claim.p_value < 0.001 else f"p = {claim.p_value:.3f}"
     size = f"difference {shown['difference']:+.3f} nats/token, 95 % interval {shown['low']:+.3f} to {shown['high']:+.3f}, {p}"
-    where = TEXTS[row["split"]]
+    where, because = TEXTS[row["split"]], f": {claim.reason}" if claim.reason else ""
     text = {
         "yes": f"{a} beats {b} on {where} ({size}).",
         "no": f"{a} does not beat {b} on {where} by an amount that matters ({size}).",
-        "undecided": f"whether {a} beats {b} on {where} is undecided: {claim.reason} ({size}).",
+        "undecided": f"whether {a} beats {b} on {where} is undecided{because} ({size}).",
     }[verdict]
     if verdict == "undecided" and shown["high"] < 0:
-        text = f"{a} scores better than {b} on {where}, but no claim is made: {claim.reason} ({size})."
+        text = f"{a} scores better than {b} on {where}, but no claim is made{because} ({size})."
     return text[0].upper() + text[1:]

@@ -108,9 +108,9 @@ def height(lines: int) -> float:
 
 
 def _number(axis: Axes, place: int, text: str, tint: str, column: int = 0) -> None:
-    # Right-aligned, a column every 32 points; a single one is as wide as its longest number.
+    # Right-aligned, a column every 32 points: seven characters and a gap.
     where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center", "ha": "right"}
-    axis.annotate(text.replace("-", "−"), (1, place), (36 + 32 * column, 0), color=tint, fontsize=7.5, annotation_clip=False, **where)
+    axis.annotate(text.replace("-", "−"), (1, place), (33 + 32 * column, 0), color=tint, fontsize=7.5, annotation_clip=False, **where)
 
 
 def _lines(axis: Axes, names: list[str]) -> None:
@@ -165,7 +165,7 @@ def reliability(axis: Axes, bins: pd.DataFrame, text: str, tint: str) -> None:
     axis.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.7, zorder=0)
     axis.plot(confidence, accuracy, color=tint, linewidth=0.9)
     axis.scatter(confidence, accuracy, s=2 + 60 * filled.counts / filled.counts.sum(), color=tint, linewidth=0)
-    axis.annotate(text, (0.05, 0.95), xycoords="axes fraction", va="top", color=tint, fontsize=7.5)
+    axis.annotate(text, (0.97, 0.04), xycoords="axes fraction", va="bottom", ha="right", color=tint, fontsize=7.5)
     axis.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1], aspect="equal")
 
 

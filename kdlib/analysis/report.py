@@ -24,7 +24,7 @@ ANALYSES = {
         ["objectives", "objectives_seeds", "objectives_differences", "learning_curves"],
         ["objectives", "learning_curves"],
     ),
-    "11_target_fidelity": (["targets", "targets_runs", "targets_differences"], ["targets"]),
+    "11_target_fidelity": (["targets", "targets_runs", "targets_differences", "targets_equivalence"], ["targets"]),
     "12_methods": (["methods", "methods_differences"], ["methods"]),
     "15_calibration": (["calibration", "reliability"], ["reliability"]),
     "17_cost": (["runs", "setup", "corpus", "vocabulary", "cost"], ["cost"]),
@@ -213,6 +213,9 @@ _CALIBRATION = {
     "Text": "{split}",
     "Temperature": "{temperature:.3f}",
     "ECE": "{ece:.3f} → {ece_calibrated:.3f}",
+    "Floor": "{ece_floor:.3f}",
+    "Debiased": "{ece_debiased:.3f} → {ece_debiased_calibrated:.3f}",
+    "95 % interval": "[{ece_low:.3f}, {ece_high:.3f}] → [{ece_low_calibrated:.3f}, {ece_high_calibrated:.3f}]",
     "Full ECE": "{full_ece:.3f} → {full_ece_calibrated:.3f}",
     "NLL": "{nll:.3f} → {nll_calibrated:.3f}",
 }
@@ -239,7 +242,8 @@ _TARGETS = {
     "KL to teacher": "{teacher_kl:.3f}",
     "NLL": "{nll:.3f}",
     "ECE": "{ece:.3f}",
-    "Near": "{near}",
+    "Within 0.01 nats": "{nll_within}",
+    "0.005 of ECE": "{ece_within}",
 }
 _STUDENT = {"Student": "{cell}", "Runs": "{runs}", "Tokens": "{tokens:si}", "NLL": "{nll:.3f}"}
 _STUDENT_QUALITY = _CALIBRATED | {"ECE": "{ece:.3f}", "Accuracy": "{accuracy:.3f}"}

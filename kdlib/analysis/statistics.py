@@ -179,7 +179,7 @@ def holm(p_values: ArrayLike) -> np.ndarray:
 class Claim:
     """The verdict on "A has the lower loss" (yes, no or undecided), with the Holm-adjusted p-values behind it.
 
-    ``p_value``: of no difference. ``p_no_gain``: of a gain of the minimum or more. ``reason``: why nothing is claimed.
+    ``p_value``: of no difference. ``p_no_gain``: of a gain of the minimum or more. ``reason``: why nothing is claimed, if not for p.
     """
 
     verdict: str
@@ -208,7 +208,7 @@ def _claim(one: Comparison, p: float, p_no_gain: float, minimum: float) -> Claim
         return Claim("yes" if one.difference < 0 else "no", *found)
     if p_no_gain <= ALPHA:
         return Claim("no", *found)
-    return Claim("undecided", *found, f"p = {p:.3f}" if p > ALPHA else f"less than {minimum:g}")
+    return Claim("undecided", *found, "" if p > ALPHA else f"less than {minimum:g}")
 
 
 @dataclass(frozen=True)
