@@ -178,6 +178,13 @@ def synthetic(tmp_path, monkeypatch):
     return synthetic_results.write("smoke")
 
 
+@pytest.fixture
+def twelve(tmp_path, monkeypatch):
+    """Students of twelve seeds: two are too few to claim anything."""
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
+    return synthetic_results.write("laptop")
+
+
 def test_a_missing_run_is_named(synthetic):
     students = sorted((synthetic / "runs").glob("student-*"))
     shutil.rmtree(students[0])
@@ -206,8 +213,8 @@ def test_losses_of_different_documents_are_not_compared(synthetic):
         comparison.losses(students, "validation")
 
 
-def test_a_difference_is_claimed_only_with_more_than_one_run(synthetic):
-    models = comparison.models("smoke")
+def test_a_difference_is_claimed_only_with_more_than_one_run(twelve):
+    models = comparison.models("laptop")
     kd, ce = (models.run[models.method == f"{name} student"].tolist() for name in ("KD", "CE"))
     pairs = [
         comparison.Pair("KD student", "CE student", kd, ce, True),
@@ -219,8 +226,8 @@ def test_a_difference_is_claimed_only_with_more_than_one_run(synthetic):
     assert f"{several['difference']:+.3f}" in several["sentence"]
 
 
-def test_where_b_is_the_better_one_the_sentence_says_so(synthetic):
-    models = comparison.models("smoke")
+def test_where_b_is_the_better_one_the_sentence_says_so(twelve):
+    models = comparison.models("laptop")
     kd, ce = (models.run[models.method == f"{name} student"].tolist() for name in ("KD", "CE"))
     pair = comparison.Pair("CE student", "KD student", ce, kd, True)
     row = comparison.differences([pair]).query("split == 'test'").iloc[0]

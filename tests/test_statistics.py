@@ -78,7 +78,7 @@ def test_sources_of_one_name_in_two_domains_are_two():
     a, names = rng.normal(size=8), np.tile(["1", "2", "3", "4"], 2)
     domains = np.repeat(["p", "q"], 4)
     found = statistics.compare(a, np.zeros(8), np.ones(8), names, domains)
-    assert found == statistics.compare(a, np.zeros(8), np.ones(8), [f"{d}/{n}" for d, n in zip(domains, names)], domains)
+    assert found == statistics.compare(a, np.zeros(8), np.ones(8), [f"{d}/{n}" for d, n in zip(domains, names, strict=True)], domains)
 
 
 def test_the_standard_error_is_the_textbook_one_where_sources_are_equal():
@@ -338,7 +338,7 @@ def test_equivalence_is_the_ninety_percent_interval_within_the_margin():
     for difference, error in [(0.002, 0.004), (0.002, 0.005), (-0.006, 0.002), (-0.006, 0.003)]:
         low, high = difference + np.array([-1, 1]) * stats.t.ppf(0.95, 20) * error
         (found,) = statistics.equivalences([comparison(difference, error)], 0.01)
-        assert (found.verdict == "equivalent") == (-0.01 < low and high < 0.01)
+        assert (found.verdict == "equivalent") == (low > -0.01 and high < 0.01)
 
 
 # Calibration error

@@ -14,7 +14,7 @@ import pytest
 import synthetic_results
 import yaml
 
-from kdlib.analysis import comparison, paper, report, statistics, studies
+from kdlib.analysis import comparison, paper, report, statistics, studies, variance
 from kdlib.errors import KdlibError
 from kdlib.study import store
 from kdlib.study.profiles import REPOSITORY
@@ -259,7 +259,11 @@ def test_cells_that_are_not_compared_tell_how_seeds_vary_too(profile, home):
     pairs = [("CE to KD, linear", "CE")]
     whole, alone = studies.differences(table, pairs), studies.differences(table[table.cell.isin(pairs[0])], pairs)
     np.testing.assert_allclose(whole.difference, alone.difference)
-    assert (whole.df > alone.df).all()
+    wide = table.pivot(index="cell", columns="seed", values="nll").to_numpy()
+    pooled = np.sqrt(2 * variance.pool(wide).value / wide.shape[1])
+    np.testing.assert_allclose(whole.seed_standard_error[0], pooled, rtol=1e-9)
+    own = (table[table.cell == pairs[0][0]].nll.to_numpy() - table[table.cell == "CE"].nll.to_numpy()).std(ddof=1) / np.sqrt(2)
+    np.testing.assert_allclose(alone.seed_standard_error[0], own, rtol=1e-9)
 
 
 def test_equivalence_with_the_reference_is_a_family_a_measure(profile, home):
