@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from kdlib.analysis import calibration, statistics, variance
+from kdlib.analysis import calibration, ledger, statistics, variance
 from kdlib.errors import KdlibError
 from kdlib.study import store
 
@@ -28,27 +28,16 @@ KINDS = {"ece": "raw", "ece_calibrated": "calibrated"}
 def models(profile: str) -> pd.DataFrame:
     """The entries of the profile's comparison, a row each: method, role, repeat, objective, pool, members, label, seed, run, flops.
 
-    What a run is comes from the plan (:mod:`kdlib.study.design`); index is its id. ``flops`` is what training took: forward and
-    backward passes of the model or its members, plus what the teacher computed for their targets, charged once where they
-    share a cache; NaN for a teacher that was not trained here.
+    What a run is comes from the plan (:mod:`kdlib.study.design`); index is its id. ``flops`` is what making it
+    took, over the union of the runs upstream (:func:`kdlib.analysis.ledger.making`); NaN for a teacher that was not trained here.
     """
     everything = store.table(profile)
     table = pd.DataFrame(store.entries(profile)).rename(columns={"run": "id"}).set_index("id", drop=False)
     for name in ("run", "label", "kind"):
         table[name] = everything[name].loc[table.index]
     table["seed"] = [run.settings["parameters"].get("seed") for run in table.run]
-    table["flops"] = [_flops(run) for run in table.run]
+    table["flops"] = [ledger.making(profile, run) for run in table.run]
     return table
-
-
-def _flops(run: store.Run) -> float:
-    trained = [run.beside(member) for member in run.metrics.get("members", [])] or [run]
-    training = [one.metrics["training"] for one in trained]
-    if None in training:
-        return np.nan
-    caches = {one.settings["inputs"]["targets"] for one in trained if "targets" in one.settings["inputs"]}
-    students = sum(one["flops"] + one.get("teacher_flops", 0) for one in training)
-    return students + sum(run.beside(cache).metrics["flops"] for cache in caches)
 
 
 def runs_table(profile: str) -> pd.DataFrame:
@@ -181,14 +170,22 @@ def calibration_errors(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def rivals(ensembles: pd.DataFrame) -> list[tuple[str, str]]:
-    """Pairs A, B of ensemble methods worth comparing, run by run: two pools of the same members, or two objectives under one pool."""
-    kinds = ensembles.drop_duplicates("method")[["method", "objective", "pool"]].to_dict("records")
+    """Pairs A, B of ensemble methods worth comparing, run by run.
+
+    Two pools of the same members; and under one pool two objectives of independent members, or another way of forming members
+    against independent ones of the same objective.
+    """
+    kinds = ensembles.drop_duplicates("method").to_dict("records")
     pairs = []
     for first, second in itertools.combinations(kinds, 2):
-        if first["objective"] == second["objective"]:
+        apart = {name for name in ("formed", "objective", "pool") if first[name] != second[name]}
+        independent = [one["formed"] == "independent" for one in (first, second)]
+        if apart == {"pool"} and first["members"] == second["members"]:
             pairs.append((first["method"], second["method"]))
-        elif first["pool"] == second["pool"]:
+        elif apart == {"objective"} and all(independent) or apart == {"formed"} and independent[0]:
             pairs.append((second["method"], first["method"]))
+        elif apart == {"formed"} and independent[1]:
+            pairs.append((first["method"], second["method"]))
     return pairs
 
 
