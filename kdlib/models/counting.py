@@ -45,11 +45,15 @@ def _components(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, nn.Pa
 def flops_per_token(model: PreTrainedModel | PeftModel, context: int) -> int:
     """Floating-point operations of a forward pass, per token; training takes :func:`training_flops_per_token`.
 
+    An ensemble takes the sum of its members.
+
     A multiply-add is two operations, so the matrices cost 2 per non-embedding parameter (Kaplan et al. 2020, §2.1), the
     head 2·V·hidden, and attention's two products with ``context`` keys 4·context·width in each layer, masked or not
     (Hoffmann et al. 2022, "Training compute-optimal large language models", appendix F).
     """
     plain = plain_model(model)
+    if members := getattr(plain, "members", None):
+        return sum(flops_per_token(member, context) for member in members)
     config = plain.config.get_text_config()
     width = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
