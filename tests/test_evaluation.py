@@ -322,7 +322,7 @@ def test_scores_of_positions_are_those_of_dense_log_probabilities(monkeypatch, s
     assert nll.dtype == entropy.dtype == np.float32 and len(nll) == len(entropy) == len(predicting_positions(data))
     assert np.allclose(nll, -log_p[torch.arange(len(targets)), targets], rtol=1e-4, atol=1e-5)
     assert np.allclose(entropy, torch.special.entr(log_p.exp()).sum(-1), rtol=1e-4, atol=1e-5)
-    assert 0 <= entropy.min() and entropy.max() <= math.log(VOCABULARY) + 1e-5
+    assert entropy.min() >= 0 and entropy.max() <= math.log(VOCABULARY) + 1e-5
 
 
 def test_scores_by_document_add_up_to_those_of_an_evaluation():
