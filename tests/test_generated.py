@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from kdlib.data import corpus, synthetic, vocabulary
+from kdlib.data import corpus, generated, random_tokens, vocabulary
 from kdlib.errors import KdlibError
 
 SEPARATOR, VOCABULARY = 0, 259  # three special tokens and one for each byte
@@ -86,11 +86,11 @@ def check(split, how, tokens, length):
 
 
 def test_a_synthetic_split_is_a_split_like_any_other(tokenizer, teacher, tmp_path):
-    real = synthetic.uniform(tokenizer, 200, 20, seed=1)
+    real = random_tokens.uniform(tokenizer, 200, 20, seed=1)
     for how, split in {
-        "uniform": synthetic.uniform(tokenizer, 1000, 64, seed=0),
-        "unigram": synthetic.unigram(real, tokenizer, 1000, 64, seed=0),
-        "sampled": synthetic.sampled(teacher, tokenizer, 1000, 64, seed=1),
+        "uniform": random_tokens.uniform(tokenizer, 1000, 64, seed=0),
+        "unigram": random_tokens.unigram(real, tokenizer, 1000, 64, seed=0),
+        "sampled": generated.sampled(teacher, tokenizer, 1000, 64, seed=1),
     }.items():
         check(split, how, 1000, 64)
         corpus.save_split(split, tmp_path / how)
@@ -101,7 +101,7 @@ def test_a_synthetic_split_is_a_split_like_any_other(tokenizer, teacher, tmp_pat
 
 
 def test_bytes_are_those_of_the_text(tokenizer, teacher):
-    split = synthetic.sampled(teacher, tokenizer, 300, 64, seed=0)
+    split = generated.sampled(teacher, tokenizer, 300, 64, seed=0)
     assert split.documents.bytes.tolist() == [len(ids) for ids in inner(split)]
     assert set(tokenizer.decode(np.concatenate(inner(split)).tolist())) == set("ABCD")
 
@@ -109,25 +109,25 @@ def test_bytes_are_those_of_the_text(tokenizer, teacher):
 @settings(max_examples=60, deadline=None)
 @given(tokens=st.integers(2, 3000), length=st.integers(8, 400))
 def test_any_number_of_tokens_is_reached_exactly_in_documents_of_one_length(tokenizer, tokens, length):
-    split = synthetic.uniform(tokenizer, tokens, length, seed=0)
+    split = random_tokens.uniform(tokenizer, tokens, length, seed=0)
     check(split, "uniform", tokens, length)
     assert np.ptp(split.documents.tokens) <= 1
 
 
 @pytest.mark.parametrize("tokens", [2, 3, 50, 51, 52, 53, 54, 55])
 def test_sampled_tokens_are_reached_to_within_a_separator(tokenizer, teacher, tokens):
-    split = synthetic.sampled(teacher, tokenizer, tokens, 16, seed=tokens, batch_size=3)
+    split = generated.sampled(teacher, tokenizer, tokens, 16, seed=tokens, batch_size=3)
     total = split.documents.tokens.sum()
     check(split, "sampled", total, 16)
     assert total == tokens or (total == tokens + 1 and split.documents.tokens.iloc[-1] == 2)
 
 
 def test_the_seed_decides_and_the_global_random_states_do_not(tokenizer, teacher):
-    real = synthetic.uniform(tokenizer, 200, 20, seed=1)
+    real = random_tokens.uniform(tokenizer, 200, 20, seed=1)
     for make in (
-        lambda seed: synthetic.uniform(tokenizer, 500, 64, seed),
-        lambda seed: synthetic.unigram(real, tokenizer, 500, 64, seed),
-        lambda seed: synthetic.sampled(teacher, tokenizer, 500, 64, seed),
+        lambda seed: random_tokens.uniform(tokenizer, 500, 64, seed),
+        lambda seed: random_tokens.unigram(real, tokenizer, 500, 64, seed),
+        lambda seed: generated.sampled(teacher, tokenizer, 500, 64, seed),
     ):
         torch.manual_seed(1)
         np.random.seed(1)
@@ -145,7 +145,7 @@ def chi_square(counts, shares):
 
 
 def test_uniform_tokens_are_uniform_and_never_the_separator(tokenizer):
-    counts = np.bincount(synthetic.uniform(tokenizer, 60_000, 500, seed=3).tokens, minlength=VOCABULARY)
+    counts = np.bincount(random_tokens.uniform(tokenizer, 60_000, 500, seed=3).tokens, minlength=VOCABULARY)
     assert counts[SEPARATOR] == 2 * 120
     assert chi_square(counts[1:], np.ones(VOCABULARY - 1)) > 0.01
 
@@ -156,13 +156,13 @@ def test_unigram_tokens_are_as_frequent_as_in_the_text(tokenizer):
     text = [rng.choice(101, 400, p=shares / shares.sum()) for _ in range(50)]
     real = corpus.Split(
         "train",
-        synthetic.uniform(tokenizer, 50 * 401, 401, 0).documents,
+        random_tokens.uniform(tokenizer, 50 * 401, 401, 0).documents,
         np.concatenate([np.r_[0, ids, 0] for ids in text]).astype(np.int32),
         np.arange(51) * 402,
         SEPARATOR,
     )
     frequency = np.bincount(np.concatenate(text), minlength=101)[1:]
-    split = synthetic.unigram(real, tokenizer, 60_000, 500, seed=4)
+    split = random_tokens.unigram(real, tokenizer, 60_000, 500, seed=4)
     counts = np.bincount(np.concatenate(inner(split)), minlength=101)
     assert counts.size == 101, "only tokens of the text"
     assert chi_square(counts[1:], frequency) > 0.01
@@ -187,7 +187,7 @@ def transitions(split):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_sampled_text_follows_the_teachers_distribution(tokenizer, teacher, temperature):
-    split = synthetic.sampled(teacher, tokenizer, 12_000, 200, seed=2, temperature=temperature, batch_size=128)
+    split = generated.sampled(teacher, tokenizer, 12_000, 200, seed=2, temperature=temperature, batch_size=128)
     counts, shares = transitions(split), BIGRAM ** (1 / temperature)
     for row in range(1, 5):
         assert chi_square(counts[row], shares[row]) > 0.01
@@ -200,12 +200,12 @@ def test_no_token_is_left_out_of_sampling(tokenizer, teacher):
     broad, logits = copy.deepcopy(teacher), torch.linspace(0, 2, VOCABULARY, dtype=torch.float64)
     broad.get_input_embeddings().weight.data.fill_(1)
     broad.get_output_embeddings().weight.data.zero_()[:, 0] = logits
-    counts = np.bincount(synthetic.sampled(broad, tokenizer, 6000, 200, seed=0).tokens, minlength=VOCABULARY)
+    counts = np.bincount(generated.sampled(broad, tokenizer, 6000, 200, seed=0).tokens, minlength=VOCABULARY)
     assert chi_square(counts[1:], logits.exp().numpy()[1:]) > 0.01
 
 
 def test_top_p_draws_from_the_likeliest_tokens_alone(tokenizer, teacher):
-    split = synthetic.sampled(teacher, tokenizer, 3000, 64, seed=0, top_p=0.55)
+    split = generated.sampled(teacher, tokenizer, 3000, 64, seed=0, top_p=0.55)
     # Fewest tokens whose shares reach 0.55; the separator is never among them, so documents end at the length alone.
     likeliest = {0: [1, 2], 1: [2, 3], 2: [1, 4], 3: [1], 4: [2, 3]}
     counts = transitions(split)
@@ -217,7 +217,7 @@ def test_top_p_draws_from_the_likeliest_tokens_alone(tokenizer, teacher):
 
 
 def test_documents_are_as_long_as_the_teacher_would_have_them_up_to_the_length(tokenizer, teacher):
-    lengths = synthetic.sampled(teacher, tokenizer, 8000, 8, seed=1, batch_size=64).documents.tokens[:-1]
+    lengths = generated.sampled(teacher, tokenizer, 8000, 8, seed=1, batch_size=64).documents.tokens[:-1]
     alive, shares = BIGRAM[0, 1:] / BIGRAM[0, 1:].sum(), []
     for _ in range(6):
         shares.append(alive @ BIGRAM[1:, 0])
@@ -230,7 +230,7 @@ def test_documents_are_as_long_as_the_teacher_would_have_them_up_to_the_length(t
 def test_the_teacher_stays_as_it_was(tokenizer, teacher):
     own = teacher.generation_config
     teacher.train()
-    synthetic.sampled(teacher, tokenizer, 50, 16, seed=0)
+    generated.sampled(teacher, tokenizer, 50, 16, seed=0)
     assert teacher.training and teacher.generation_config is own and own.top_k == 1
 
     def stop(*_, **__):
@@ -240,7 +240,7 @@ def test_the_teacher_stays_as_it_was(tokenizer, teacher):
     hook = teacher.register_forward_pre_hook(stop)
     before = torch.get_rng_state()
     with contextlib.suppress(KeyboardInterrupt):
-        synthetic.sampled(teacher, tokenizer, 50, 16, seed=0)
+        generated.sampled(teacher, tokenizer, 50, 16, seed=0)
     hook.remove()
     assert teacher.training and teacher.generation_config is own and torch.equal(torch.get_rng_state(), before)
     teacher.eval()
@@ -249,11 +249,11 @@ def test_the_teacher_stays_as_it_was(tokenizer, teacher):
 def test_what_cannot_be_made_is_refused_before_any_work(tokenizer, teacher):
     for tokens, length in ((1, 16), (100, 7)):
         with pytest.raises(KdlibError, match="at least 2 tokens, in documents of at least 8"):
-            synthetic.uniform(tokenizer, tokens, length, seed=0)
+            random_tokens.uniform(tokenizer, tokens, length, seed=0)
         with pytest.raises(KdlibError, match="at least 2 tokens, in documents of at least 8"):
-            synthetic.sampled(None, tokenizer, tokens, length, seed=0)
+            generated.sampled(None, tokenizer, tokens, length, seed=0)
     with pytest.raises(KdlibError, match="reads at most 256 tokens; found a document length of 300"):
-        synthetic.sampled(teacher, tokenizer, 100, 300, seed=0)
+        generated.sampled(teacher, tokenizer, 100, 300, seed=0)
     for wrong in ({"temperature": 0}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.5}):
         with pytest.raises(KdlibError, match="Sampling needs a temperature above 0"):
-            synthetic.sampled(teacher, tokenizer, 100, 16, seed=0, **wrong)
+            generated.sampled(teacher, tokenizer, 100, 16, seed=0, **wrong)
