@@ -9,7 +9,10 @@ from kdlib import models
 from kdlib.cache import TargetCache
 from kdlib.cache.teachers import ModelTeacher
 from kdlib.data import corpus
-from kdlib.losses import DenseTargets, linear_distillation_loss
+from kdlib.ensemble.model import EnsembleForCausalLM
+from kdlib.ensemble.pooling import POOLS
+from kdlib.errors import KdlibError
+from kdlib.losses import DenseTargets, PooledTargets, linear_distillation_loss
 from kdlib.study.progress import bar
 
 ROWS = 16  # rows of block_length tokens in one batch: that of a step, since the angle depends on how much is averaged
@@ -51,8 +54,15 @@ def divergence(
     return total / tokens
 
 
-def _whole(teacher: ModelTeacher, split: corpus.Split, at: np.ndarray) -> DenseTargets:
-    """The teacher's distributions at every position of some rows; zeros where there is padding."""
+def _whole(teacher: ModelTeacher, split: corpus.Split, at: np.ndarray) -> DenseTargets | PooledTargets:
+    """The teacher's distributions at every position of some rows; of no consequence where there is padding."""
+    if isinstance(pool := teacher.model, EnsembleForCausalLM):
+        members = tuple(_whole(ModelTeacher(one, teacher.autocast), split, at) for one in pool.members)
+        return PooledTargets(members, POOLS[pool.config.pool], pool.config.calibration_temperature)
+    if teacher.head is None:
+        raise KdlibError(
+            "The teacher's logits must be one matrix times its hidden states to compare gradients with, got a model that caps them."
+        )
     _, _, found = teacher.run(split, at)  # row by row, as the positions are
     weight, bias = teacher.head
     hidden = torch.zeros(at.size, found.shape[1], device=found.device)
