@@ -44,7 +44,6 @@ def test_the_first_grid_of_students_is_drawn_unless_another_is_named(mine):
     profile = mine("targets", "depths", "widths")
     assert profiles.parameters("21_grid", profile).grid == "depths"
     assert profiles.parameters("21_grid", profile, grid="widths").grid == "widths"
-    assert profiles.parameters("21_grid", profile).resamples == profiles.load(profile).analysis.resamples
 
 
 @pytest.mark.parametrize(
@@ -57,7 +56,7 @@ def test_a_grid_that_the_profile_does_not_have_is_refused_with_those_it_has(mine
     with pytest.raises(KdlibError, match=told):
         profiles.parameters("21_grid", mine(*grids), **changes)
     with pytest.raises(KdlibError, match=told):
-        profiles.from_notebook("21_grid", {"profile": mine(*grids), "resamples": 1000, "grid": asked})
+        profiles.from_notebook("21_grid", {"profile": mine(*grids), "grid": asked})
 
 
 def test_the_executed_notebook_is_called_by_its_grid(mine, tmp_path, monkeypatch):

@@ -215,7 +215,7 @@ def test_an_unknown_profile_is_one_paragraph_and_no_success(tmp_path):
 
 
 def test_the_notebooks_of_the_results_folder_come_first(tmp_path, monkeypatch):
-    mine = fake_notebooks.write(tmp_path / "notebooks" / "12_methods.ipynb", "resamples = 1000")
+    mine = fake_notebooks.write(tmp_path / "notebooks" / "12_methods.ipynb", 'profile = "smoke"')
     monkeypatch.chdir(tmp_path)
     assert notebooks.find("notebooks/12_methods.ipynb") == mine.resolve()
     assert store.home() == REPOSITORY

@@ -93,7 +93,6 @@ def group(step) -> str:
         ("student", {"kd_weight": 0.5}, "kd_student kd_ensemble"),
         ("student", {"layers": 2}, "kd_student other_student kd_ensemble other_ensemble"),
         ("ensemble", {"precision": "bfloat16"}, "kd_ensemble other_ensemble"),
-        ("analysis", {"resamples": 500}, ""),
     ],
 )
 def test_a_changed_setting_remakes_what_depends_on_it_and_nothing_else(mine, section, change, remade):

@@ -52,7 +52,6 @@ def test_an_unknown_profile_is_refused_with_the_known_ones(name):
         ("student", "learning_rate_multipliers", {"embed": -1}, "student.learning_rate_multipliers.embed"),
         ("student", "kd_wieght", 0.5, "student.kd_wieght"),
         ("ensemble", "seeds", [], "ensemble.seeds"),
-        ("analysis", "resamples", 10, "analysis.resamples"),
         ("study", "members", 0, "study.members"),
         ("study", "pools", ["mean"], "study.pools"),
         ("study", "objectives", ["kd"], "expected objectives with ce and kd .*found .'kd'. and .*add what is missing"),

@@ -180,6 +180,13 @@ def synthetic(tmp_path, monkeypatch):
     return synthetic_results.write("smoke")
 
 
+@pytest.fixture
+def twelve(tmp_path, monkeypatch):
+    """Students of twelve seeds: two are too few to claim anything."""
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
+    return synthetic_results.write("laptop")
+
+
 def test_a_missing_run_is_named(synthetic):
     students = sorted((synthetic / "runs").glob("student-*"))
     shutil.rmtree(students[0])
@@ -189,14 +196,15 @@ def test_a_missing_run_is_named(synthetic):
 
 def test_mean_losses_are_sums_over_tokens_averaged_over_runs(synthetic):
     models = comparison.models("smoke")
-    means = comparison.mean_losses(models, 200).set_index(["method", "split"])
+    means = comparison.mean_losses(models).set_index(["method", "split"])
     each = []
     for run in models.run[models.method == "KD student"]:
         documents = pd.read_parquet(run.path / "documents.parquet").query("split == 'ood'")
         each.append(documents.nll.sum() / documents.tokens.sum())
     row = means.loc["KD student", "ood"]
     np.testing.assert_allclose(row.nll, np.mean(each), rtol=1e-12)
-    assert row.low < row.nll < row.high and row.runs == len(each) == 2
+    np.testing.assert_allclose(row.seed_standard_error, np.std(each, ddof=1) / np.sqrt(2), rtol=1e-9)
+    assert row.runs == len(each) == 2
 
 
 def test_losses_of_different_documents_are_not_compared(synthetic):
@@ -207,24 +215,24 @@ def test_losses_of_different_documents_are_not_compared(synthetic):
         comparison.losses(students, "validation")
 
 
-def test_a_difference_is_claimed_only_with_more_than_one_run(synthetic):
-    models = comparison.models("smoke")
+def test_a_difference_is_claimed_only_with_more_than_one_run(twelve):
+    models = comparison.models("laptop")
     kd, ce = (models.run[models.method == f"{name} student"].tolist() for name in ("KD", "CE"))
     pairs = [
-        comparison.Pair("KD student", "CE student", kd, ce, False),
+        comparison.Pair("KD student", "CE student", kd, ce, True),
         comparison.Pair("one KD", "one CE", kd[:1], ce[:1], True),
     ]
-    several, one = comparison.differences(pairs, 500).query("split == 'test'").to_dict("records")
+    several, one = comparison.differences(pairs).query("split == 'test'").to_dict("records")
     assert (several["verdict"], one["verdict"]) == ("yes", "undecided")
     assert "beats" in several["sentence"] and "no claim is made" in one["sentence"]
     assert f"{several['difference']:+.3f}" in several["sentence"]
 
 
-def test_where_b_is_the_better_one_the_sentence_says_so(synthetic):
-    models = comparison.models("smoke")
+def test_where_b_is_the_better_one_the_sentence_says_so(twelve):
+    models = comparison.models("laptop")
     kd, ce = (models.run[models.method == f"{name} student"].tolist() for name in ("KD", "CE"))
-    pair = comparison.Pair("CE student", "KD student", ce, kd, False)
-    row = comparison.differences([pair], 500).query("split == 'test'").iloc[0]
+    pair = comparison.Pair("CE student", "KD student", ce, kd, True)
+    row = comparison.differences([pair]).query("split == 'test'").iloc[0]
     assert row.verdict == "no" and row.low > 0
     assert row.sentence.startswith("The KD student beats the CE student on test text")
     assert f"difference {-row.difference:+.3f}" in row.sentence
@@ -264,7 +272,7 @@ def test_the_run_table_has_a_row_for_every_run_and_split(synthetic):
 
 
 def test_set_up_and_cost_come_from_the_runs(synthetic):
-    setup = accounts.setup("smoke", 1000).set_index("name").value
+    setup = accounts.setup("smoke").set_index("name").value
     assert (setup["seeds"], setup["members"], setup["targets"]) == ("2", "2", "32 tokens drawn from its distribution")
     assert setup["train_tokens"] == str(accounts.corpus("smoke").query("split == 'train'").tokens.sum())
     cost = accounts.cost("smoke").set_index("what")
@@ -291,10 +299,10 @@ def test_the_cost_of_a_method_is_that_of_all_upstream_each_once(synthetic):
 
 
 def test_set_up_is_what_was_run_whatever_the_profile_says_now(synthetic, monkeypatch):
-    before = accounts.setup("smoke", 1000)
+    before = accounts.setup("smoke")
     # All that is left of the profile is its name.
     monkeypatch.setattr(accounts.profiles, "load", lambda profile: SimpleNamespace(name=profile))
-    pd.testing.assert_frame_equal(accounts.setup("smoke", 1000), before)
+    pd.testing.assert_frame_equal(accounts.setup("smoke"), before)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +337,7 @@ def test_set_up_tells_of_targets_from_elsewhere_and_of_a_weight_on_a_schedule(sy
         settings = run.settings
         settings["parameters"].pop("kd_weight", None)
         store.write_json(run.path / "settings.json", settings)
-    setup = accounts.setup("smoke", 1000).set_index("name").value
+    setup = accounts.setup("smoke").set_index("name").value
     assert (setup["teacher"], setup["kd_weight"]) == ("a small model", "on a schedule")
 
 
@@ -380,6 +388,8 @@ def test_the_description_of_a_grid_names_panels_that_there_are(name):
         ("{x:si}", {"x": "5.9e13"}, "59.0 T"),
         ("{x:si}", {"x": "0"}, "0"),
         ("[{x:.1f}, {y:.1f}]", {"x": "1", "y": ""}, "–"),
+        ("{x:p}", {"x": "0.0123"}, "0.012"),
+        ("{x:p}", {"x": "1e-12"}, "< 0.001"),
         ("{x}", {"x": "KD student"}, "KD student"),
         ("{x:si}", {"x": "words"}, "words"),
     ],
@@ -468,6 +478,7 @@ def test_differences_are_drawn_where_most_of_them_lie():
             "difference": [-0.04, 0.02, 0.01, 2.5],
             "low": [-0.06, -np.inf, -0.01, 2.4],
             "high": [-0.02, np.inf, 0.03, 2.6],
+            "p_value": [0.01, 0.9, 0.7, 0.001],
         }
     )
     figure, axis = plt.subplots()

@@ -13,7 +13,7 @@ import pytest
 from kdlib.errors import KdlibError
 from kdlib.study import plan, profiles, runner, store
 
-ANALYSIS = 'profile = "smoke"\nresamples = 1000'
+ANALYSIS = 'profile = "smoke"'
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +150,7 @@ def test_a_notebook_runs_with_its_parameters_in_this_interpreter_at_the_reposito
         "import json, os, sys\nfrom ipykernel import get_connection_info\n"
         "transport = get_connection_info(unpack=True)['transport']\n"
         "batch = os.environ.get('KDLIB_BATCH')\n"
-        "print(json.dumps([profile, resamples, os.getcwd(), sys.executable, batch, transport]))"
+        "print(json.dumps([profile, os.getcwd(), sys.executable, batch, transport]))"
     )
     fake_notebooks.write(
         tmp_path / "10_objectives.ipynb",
@@ -160,17 +160,17 @@ def test_a_notebook_runs_with_its_parameters_in_this_interpreter_at_the_reposito
     )
     done = ran(
         "10_objectives.ipynb",
-        "--set",
-        "resamples=200",
+        "--profile",
+        "quick",
         cwd=tmp_path,
         env={**os.environ, "JUPYTER_PATH": str(tmp_path / "jupyter")},
     )
     assert done.returncode == 0, done.stderr
     found, told = done.stdout.splitlines()
-    assert json.loads(found) == ["smoke", 200, str(profiles.REPOSITORY), sys.executable, "1", "ipc"]
-    executed = home / "results" / "smoke" / "executed" / "10_objectives.ipynb"
+    assert json.loads(found) == ["quick", str(profiles.REPOSITORY), sys.executable, "1", "ipc"]
+    executed = home / "results" / "quick" / "executed" / "10_objectives.ipynb"
     assert told == f"Executed notebook: {executed}"
-    assert "resamples = 200" in executed.read_text()
+    assert 'profile = "quick"' in executed.read_text()
 
 
 @pytest.mark.slow
@@ -247,16 +247,17 @@ def test_bars_are_drawn_on_a_terminal_and_not_in_a_log(tmp_path):
 
 @pytest.mark.slow
 def test_notebooks_that_start_together_do_not_meet(tmp_path):
-    path = fake_notebooks.write(tmp_path / "10_objectives.ipynb", ANALYSIS, "print(resamples)")
+    path = fake_notebooks.write(tmp_path / "10_objectives.ipynb", ANALYSIS, "print(profile)")
+    names = ["smoke", "quick", "laptop", "paper"]
     together = [
         subprocess.Popen(
-            command(path, "--set", f"resamples={number}", "--output", tmp_path / f"{number}.ipynb"),
+            command(path, "--profile", name, "--output", tmp_path / f"{name}.ipynb"),
             stdout=subprocess.PIPE,
             text=True,
         )
-        for number in range(200, 204)
+        for name in names
     ]
-    assert [process.communicate(timeout=120)[0].split()[0] for process in together] == ["200", "201", "202", "203"]
+    assert [process.communicate(timeout=120)[0].split()[0] for process in together] == names
 
 
 def test_a_value_that_is_no_pair_names_the_right_form():

@@ -1,4 +1,4 @@
-"""Intervals, adjusted p-values and claims against simulations and hand examples."""
+"""Intervals, tests, claims and equivalence against simulations, identities and examples by hand."""
 
 import ast
 import subprocess
@@ -8,132 +8,275 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
-from kdlib.analysis import statistics
+from kdlib.analysis import calibration, statistics, variance
 from kdlib.errors import KdlibError
 
 
-def correlated_documents(rng, sources=25, effect=0.0):
-    """Two models of equal quality (plus ``effect``) whose differences are alike within a source."""
-    source = np.repeat(np.arange(sources), rng.geometric(0.3, sources))
-    tokens = np.round(np.exp(rng.normal(5, 1, source.size))) + 1
-    per_token = effect + rng.normal(0, 0.1, sources)[source] + rng.normal(0, 0.05, source.size)
-    nll_b = tokens * rng.normal(4, 1, source.size)
-    return nll_b + tokens * per_token, nll_b, tokens, source
+def study(rng, runs, sizes, shape, seed=0.0, source=0.0, both=0.0, effect=0.0):
+    """A − B of many simulated experiments, [experiments, runs, sources], with tokens and domains [sources].
+
+    ``sizes``: sources of each domain. Domains differ by a constant; ``seed``, ``source`` and ``both``: standard deviations of what
+    runs, sources, and a run on a source add to the loss of a token. Source sizes vary eightfold.
+    """
+    domains = np.repeat(np.arange(len(sizes)), sizes)
+    tokens = np.round(np.exp(rng.uniform(5, 7, domains.size)))
+    shift = rng.normal(0, 0.3, len(sizes))[domains]
+    shift -= (shift * tokens).sum() / tokens.sum()
+    per_token = effect + shift + seed * rng.normal(size=(shape, runs, 1)) + source * rng.normal(size=(shape, 1, domains.size))
+    return (per_token + both * rng.normal(size=(shape, runs, domains.size))) * tokens, tokens, domains
+
+
+def rejected(found) -> float:
+    return float(np.mean(np.asarray(found.p_value) <= 0.05))
+
+
+LAPTOP = (5, 15, 74, 6, 8)  # test sources of the domains of the committed study
+DESIGNS = [
+    # runs, sources of each domain, seed, source, both
+    (3, LAPTOP, 0.03, 0.1, 0.05),
+    (3, LAPTOP, 0.05, 0.02, 0.02),
+    (3, LAPTOP, 0.003, 0.1, 0.02),
+    (5, LAPTOP, 0.03, 0.1, 0.1),
+    (12, LAPTOP, 0.03, 0.1, 0.05),
+    (3, (20,) * 5, 0.03, 0.1, 0.1),
+    (12, (20,) * 5, 0.05, 0.0, 0.05),
+    (5, (6, 6, 6), 0.05, 0.1, 0.05),
+    (3, (126,), 0.03, 0.1, 0.05),
+    (8, (12,), 0.02, 0.1, 0.05),
+]
+
+
+# Identities
 
 
 def test_a_model_against_itself_differs_by_exactly_nothing():
     rng = np.random.default_rng(0)
-    nll, _, tokens, source = correlated_documents(rng)
-    found = statistics.paired_bootstrap(nll, nll, tokens, source, resamples=200)
-    assert (found.difference, found.low, found.high, found.p_value) == (0.0, 0.0, 0.0, 1.0)
-    assert found.n_units == 25
-    seeds = statistics.seed_bootstrap([tokens, 2 * tokens], [tokens, 2 * tokens], tokens, resamples=200)
-    assert seeds.difference == 0 and seeds.low < 0 < seeds.high
+    sums, tokens, domains = study(rng, 3, LAPTOP, 1, 0.1, 0.1, 0.1)
+    for paired in (True, False):
+        found = statistics.compare_sources(sums[0], sums[0], tokens, domains, paired)
+        assert (found.difference, found.p_value) == (0.0, 1.0)
+    found = statistics.compare_sources(sums[0], sums[0], tokens, domains)
+    assert (found.low, found.high, found.standard_error) == (0.0, 0.0, 0.0)
+    (claim,) = statistics.claims([found])
+    assert (claim.verdict, claim.p_value) == ("no", 1.0), "that it gains the minimum is refuted"
+    assert statistics.equivalences([found], 0.01)[0].verdict == "equivalent"
 
 
 def test_the_difference_is_weighted_by_tokens_and_ignores_how_sources_are_cut_into_documents():
-    a, b, tokens, units = [30.0, 10.0, 8.0], [20.0, 12.0, 4.0], [10, 2, 4], ["x", "x", "y"]
-    found = statistics.paired_bootstrap(a, b, tokens, units, resamples=500)
+    a, b, tokens, sources = [30.0, 10.0, 8.0], [20.0, 12.0, 4.0], [10, 2, 4], ["x", "x", "y"]
+    found = statistics.compare(a, b, tokens, sources)
     assert found.difference == pytest.approx(12 / 16, abs=1e-15)
-    joined = statistics.paired_bootstrap([40.0, 8.0], [32.0, 4.0], [12, 4], ["x", "y"], resamples=500)
-    assert (found.low, found.high, found.p_value) == (joined.low, joined.high, joined.p_value)
+    assert found == statistics.compare([40.0, 8.0], [32.0, 4.0], [12, 4], ["x", "y"])
+    shuffled = statistics.compare([8.0, 10.0, 30.0], [4.0, 12.0, 20.0], [4, 2, 10], ["y", "x", "x"])
+    assert shuffled.low == pytest.approx(found.low, rel=1e-12)
 
 
-def test_a_null_of_correlated_documents_is_rejected_at_the_nominal_rate_where_naive_bootstraps_are_not():
+def test_sources_of_one_name_in_two_domains_are_two():
     rng = np.random.default_rng(1)
-    simulations, rejected, by_document, percentile = 1000, 0, 0, 0
-    for seed in range(simulations):
-        a, b, tokens, source = correlated_documents(rng)
-        rejected += statistics.paired_bootstrap(a, b, tokens, source, 300, seed).p_value <= 0.05
-        by_document += statistics.paired_bootstrap(a, b, tokens, np.arange(a.size), 300, seed).p_value <= 0.05
-        draws = rng.multinomial(25, np.full(25, 1 / 25), size=300)
-        drawn = draws @ np.bincount(source, a - b) / (draws @ np.bincount(source, tokens))
-        low, high = np.quantile(drawn, [0.025, 0.975])
-        percentile += low > 0 or high < 0
-    assert 0.03 <= rejected / simulations <= 0.07
-    assert by_document / simulations > 0.15
-    assert percentile / simulations > 0.07
+    a, names = rng.normal(size=8), np.tile(["1", "2", "3", "4"], 2)
+    domains = np.repeat(["p", "q"], 4)
+    found = statistics.compare(a, np.zeros(8), np.ones(8), names, domains)
+    assert found == statistics.compare(a, np.zeros(8), np.ones(8), [f"{d}/{n}" for d, n in zip(domains, names, strict=True)], domains)
 
 
-def test_a_bootstrap_over_tokens_would_reject_a_true_null_most_of_the_time():
+def test_the_standard_error_is_the_textbook_one_where_sources_are_equal():
     rng = np.random.default_rng(2)
-    sources, tokens_each, rejected, by_token = 20, 100, 0, 0
-    for seed in range(100):
-        difference = rng.normal(0, 0.1, (sources, 1)) + rng.normal(0, 0.3, (sources, tokens_each))
-        ones, zero = np.ones(difference.size), np.zeros(difference.size)
-        source = np.repeat(np.arange(sources), tokens_each)
-        rejected += statistics.paired_bootstrap(difference.ravel(), zero, ones, source, 200, seed).p_value <= 0.05
-        by_token += (
-            statistics.paired_bootstrap(difference.ravel(), zero, ones, np.arange(ones.size), 200, seed).p_value <= 0.05
-        )
-    assert rejected <= 12 and by_token >= 50
+    x, ones = rng.normal(size=30), np.ones(30)
+    one = stats.ttest_1samp(x, 0)
+    found = statistics.compare(7 * x, np.zeros(30), 7 * ones, np.arange(30))
+    assert found.standard_error == pytest.approx(x.std(ddof=1) / np.sqrt(30), rel=1e-12)
+    assert found.df == pytest.approx(29) and found.p_value == pytest.approx(one.pvalue, rel=1e-9)
+    assert (found.low, found.high) == pytest.approx(tuple(one.confidence_interval()), rel=1e-9)
+    domains = np.repeat([0, 1], [10, 20])
+    stratified = sum(x[domains == d].var(ddof=1) * n for d, n in ((0, 10), (1, 20))) / 30**2
+    found = statistics.compare(x, np.zeros(30), ones, np.arange(30), domains)
+    assert found.standard_error**2 == pytest.approx(stratified, rel=1e-12)
+
+
+def test_what_domains_differ_by_is_no_noise():
+    rng = np.random.default_rng(3)
+    domains = np.repeat([0, 1], 20)
+    x = 5.0 * domains + rng.normal(0, 0.1, 40)
+    within, across = (statistics.compare(x, 0 * x, 1 + 0 * x, np.arange(40), d).standard_error for d in (domains, None))
+    assert within < 0.1 * across
+
+
+def test_runs_alone_give_students_interval_and_unpaired_ones_welchs():
+    rng = np.random.default_rng(4)
+    a, b = rng.normal(3, 1, 5), rng.normal(2, 3, 4)
+    spread = np.ones((1, 40))  # no source differs from another
+    paired = statistics.compare(a[:4, None] * spread, b[:, None] * spread, np.ones(40), np.arange(40))
+    assert paired.p_value == pytest.approx(stats.ttest_rel(a[:4], b).pvalue, rel=1e-6)
+    apart = statistics.compare(a[:, None] * spread, b[:, None] * spread, np.ones(40), np.arange(40), paired=False)
+    welch = stats.ttest_ind(a, b, equal_var=False)
+    assert (apart.p_value, apart.df) == (pytest.approx(welch.pvalue, rel=1e-6), pytest.approx(welch.df, rel=1e-6))
+
+
+def test_many_comparisons_at_once_are_those_one_by_one():
+    sums, tokens, domains = study(np.random.default_rng(5), 3, (4, 9), 6, 0.1, 0.1, 0.1)
+    found = statistics.compare_sources(sums, 0 * sums, tokens, domains)
+    for i, one in enumerate(sums):
+        alone = statistics.compare_sources(one, 0 * one, tokens, domains)
+        assert (found.difference[i], found.low[i], found.p_value[i]) == pytest.approx((alone.difference, alone.low, alone.p_value))
+
+
+def test_permuting_the_seeds_of_a_paired_design_changes_the_interval():
+    rng = np.random.default_rng(6)
+    shared = rng.normal(0, 0.1, (5, 1))
+    a, b = (np.ones(30) * (4 + shared + rng.normal(0, 0.01, (5, 1))) for _ in range(2))
+    right, wrong, apart = (
+        statistics.compare(a, other, np.ones(30), np.arange(30), paired=paired)
+        for other, paired in ((b, True), (b[[1, 2, 3, 4, 0]], True), (b, False))
+    )
+    assert right.difference == pytest.approx(wrong.difference) == pytest.approx(apart.difference)
+    assert 4 * right.standard_error < min(wrong.standard_error, apart.standard_error)
+
+
+def test_one_run_speaks_of_itself_and_is_claimed_nothing():
+    rng = np.random.default_rng(7)
+    many = 100 * rng.normal(4.0, 0.02, (6, 40))
+    found = statistics.compare(np.full(40, 390.0), many, np.full(40, 100.0), np.arange(40), paired=False)
+    assert found.high < 0 and np.isnan(found.seed_standard_error)
+    (claim,) = statistics.claims([found])
+    assert claim.verdict == "undecided" and "one run" in claim.reason
+    assert statistics.equivalences([found], 10.0)[0].verdict == "not shown"
+
+
+# Domains with one source
+
+
+def test_domains_with_one_source_are_put_together():
+    assert variance.strata(np.array(["a", "a", "b", "b"])).tolist() == [[1, 0], [1, 0], [0, 1], [0, 1]]
+    alone = variance.strata(np.array(["a", "a", "b", "c", "d", "d", "d"]))
+    assert alone[2].tolist() == alone[3].tolist() and alone.sum(axis=0).tolist() == [2, 2, 3]
+    joined = variance.strata(np.array(["a", "b", "b", "b", "c", "c"]))
+    assert joined.sum(axis=0).tolist() == [3, 3] and joined[0].tolist() == joined[4].tolist(), "joins the smallest"
+    assert variance.strata(np.array(["a", "b", "c"])).tolist() == [[1], [1], [1]]
+
+
+def test_a_domain_with_one_source_makes_the_interval_wider_not_shorter():
+    rng, sizes = np.random.default_rng(8), (1, 10, 10)
+    sums, tokens, domains = study(rng, 1, sizes, 2000, source=0.1)
+    assert rejected(statistics.compare_sources(sums, 0 * sums, tokens, domains)) <= 0.07
+
+
+# Nulls and power
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_a_null_is_rejected_at_the_nominal_rate(design):
+    runs, sizes, *spread = design
+    found = []
+    for seed in range(4):  # other source sizes each
+        sums, tokens, domains = study(np.random.default_rng([10, seed]), runs, sizes, 1000, *spread)
+        found.append(rejected(statistics.compare_sources(sums, 0 * sums, tokens, domains)))
+    assert 0.03 <= np.mean(found) <= 0.07
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_an_effect_of_five_standard_errors_is_found(design):
+    # Three runs by themselves have a t quantile of 4.3, and where they make most of the error five are not enough: see pooling.
+    runs, sizes, seed, source, both = design
+    rng = np.random.default_rng(11)
+    null, tokens, domains = study(rng, runs, sizes, 2000, seed, source, both)
+    error = (null.mean(axis=1).sum(axis=1) / tokens.sum()).std()
+    found = statistics.compare_sources(null + 5 * error * tokens, 0 * null, tokens, domains)
+    few = runs == 3 and seed > source / 5
+    assert np.mean(found.p_value <= 0.05) >= (0.7 if few else 0.95)
+
+
+@pytest.mark.parametrize(("runs_a", "runs_b", "ratio"), [(5, 5, 1), (5, 12, 1), (12, 5, 3), (4, 4, 4)])
+def test_runs_that_are_not_paired_may_vary_unequally(runs_a, runs_b, ratio):
+    rng, n = np.random.default_rng(12), 3000
+    domains, tokens = np.repeat([0, 1], 15), np.round(np.exp(rng.uniform(5, 7, 30)))
+    text = rng.normal(4, 0.3, 30)
+    a, b = (
+        tokens * (text + rng.normal(0, spread, (n, runs, 1)) + rng.normal(0, 0.03, (n, runs, 30)))
+        for runs, spread in ((runs_a, 0.02 * ratio), (runs_b, 0.02))
+    )
+    assert 0.03 <= rejected(statistics.compare_sources(a, b, tokens, domains, paired=False)) <= 0.07
+
+
+def test_tokens_or_documents_as_units_would_reject_a_true_null_most_of_the_time():
+    rng = np.random.default_rng(13)
+    x = rng.normal(0, 0.1, (500, 1, 20, 1)) + rng.normal(0, 0.3, (500, 1, 20, 100))
+    by_token, by_source = x.reshape(500, 1, -1), x.sum(axis=3)
+    found = [statistics.compare_sources(one, 0 * one, np.full(one.shape[-1], 1.0), np.zeros(one.shape[-1])) for one in (by_token, by_source)]
+    assert rejected(found[0]) > 0.5 and 0.03 <= rejected(found[1]) <= 0.07
 
 
 def test_intervals_cover_a_true_difference_as_often_as_they_say():
-    rng, true, covered = np.random.default_rng(3), 0.07, 0
-    for seed in range(600):
-        found = statistics.paired_bootstrap(*correlated_documents(rng, effect=true), resamples=300, seed=seed)
-        covered += found.low <= true <= found.high
-    assert 0.92 <= covered / 600 <= 0.98
+    sums, tokens, domains = study(np.random.default_rng(14), 5, LAPTOP, 3000, 0.03, 0.1, 0.05, effect=0.07)
+    found = statistics.compare_sources(sums, 0 * sums, tokens, domains)
+    assert 0.93 <= np.mean((found.low <= 0.07) & (found.high >= 0.07)) <= 0.97
+    assert np.array_equal((found.low > 0) | (found.high < 0), found.p_value <= 0.05)
 
 
-@pytest.mark.parametrize(("seeds_a", "seeds_b"), [(5, 5), (3, 5)])
-def test_seeds_are_resampled_too_so_that_seed_noise_alone_is_no_finding(seeds_a, seeds_b):
-    rng = np.random.default_rng(4)
-    simulations, sources, rejected, one_pair = 400, 30, 0, 0
-    for seed in range(simulations):
-        tokens = np.round(np.exp(rng.normal(6, 1, sources)))
-        text = rng.normal(4, 0.3, sources)
-        a, b = (
-            tokens * (text + rng.normal(0, 0.05, (n, 1)) + rng.normal(0, 0.03, (n, sources)))
-            for n in (seeds_a, seeds_b)
-        )
-        rejected += statistics.seed_bootstrap(a, b, tokens, 300, seed).p_value <= 0.05
-        one_pair += statistics.paired_bootstrap(a[0], b[0], tokens, np.arange(sources), 300, seed).p_value <= 0.05
-    assert 0.015 <= rejected / simulations <= 0.075
-    assert one_pair / simulations > 0.5
+# Pooling over a study
 
 
-def test_the_standard_error_is_the_textbook_one_where_documents_are_equal_and_independent():
-    rng = np.random.default_rng(10)
-    difference, seeds = rng.normal(size=30), rng.normal(size=(4, 1)) + np.zeros((4, 30))
-    found = statistics.paired_bootstrap(7 * difference, np.zeros(30), np.full(30, 7), np.arange(30), resamples=100)
-    assert found.standard_error == pytest.approx(difference.std(ddof=1) / np.sqrt(30), rel=1e-12)
-    found = statistics.seed_bootstrap(7 * seeds, np.zeros((1, 30)), np.full(30, 7), resamples=100)
-    assert found.standard_error == pytest.approx(seeds[:, 0].std(ddof=1) / np.sqrt(4), rel=1e-12)
+def test_two_cells_pooled_are_a_paired_t_test_and_more_cells_an_analysis_of_variance():
+    rng = np.random.default_rng(20)
+    losses = rng.normal(size=(2, 6))
+    assert 2 * variance.pool(losses).value == pytest.approx((losses[0] - losses[1]).var(ddof=1), rel=1e-12)
+    losses = rng.normal(size=(5, 4)) + 10 * rng.normal(size=4)
+    cells, seeds = (np.eye(n)[np.indices((5, 4))[axis].ravel()] for axis, n in ((0, 5), (1, 4)))
+    _, residual, rank, _ = np.linalg.lstsq(np.hstack([cells, seeds]), losses.ravel())
+    left = losses.ravel() - np.hstack([cells, seeds]) @ np.linalg.lstsq(np.hstack([cells, seeds]), losses.ravel())[0]
+    found = variance.pool(losses)
+    assert found.df == 20 - rank == 12 and found.value == pytest.approx((left**2).sum() / 12, rel=1e-9)
 
 
-def test_one_seed_can_be_compared_with_many():
-    rng = np.random.default_rng(5)
-    tokens = np.full(40, 100.0)
-    many = tokens * rng.normal(4.0, 0.02, (6, 40))
-    found = statistics.seed_bootstrap(tokens[None] * 3.9, many, tokens, resamples=500)
-    assert found.high < 0 and found.difference == pytest.approx(3.9 - (many / tokens).mean(), abs=1e-12)
+def test_pooling_gives_three_seeds_the_quantile_of_many():
+    assert stats.t.ppf(0.975, variance.pool(np.random.default_rng(21).normal(size=(11, 3))).df) < 2.1
+    assert stats.t.ppf(0.975, 2) > 4.3
 
 
-def test_an_interval_excludes_zero_exactly_when_its_p_value_says_so():
-    rng, agree = np.random.default_rng(6), []
-    for seed in range(100):
-        found = statistics.paired_bootstrap(*correlated_documents(rng, effect=0.04), resamples=199, seed=seed)
-        for level in (0.8, 0.9, 0.95, 0.99):
-            interval = found.at_level(level)
-            agree.append((interval.low > 0 or interval.high < 0) == (found.p_value <= 1 - level + 1e-12))
-    assert all(agree)
+def test_one_wild_cell_is_set_apart_and_leaves_the_others_as_they_were():
+    rng, values = np.random.default_rng(22), []
+    for _ in range(200):
+        losses = rng.normal(0, 0.03, (11, 3))
+        calm = variance.pool(losses[:10])
+        losses[10] = rng.permutation([-1.0, 0.1, 0.9])
+        found = variance.pool(losses)
+        assert not found.kept[10]
+        values.append(np.allclose([found.value, found.df], [calm.value, calm.df]))
+    assert all(values)
+    shares = [variance.pool(rng.normal(size=(11, 3))).kept.all() for _ in range(1000)]
+    assert 0.92 <= np.mean(shares) <= 0.99, "set apart by chance in one study of twenty"
 
 
-def test_a_level_beyond_the_resamples_gives_no_bound_instead_of_a_wrong_one():
-    found = statistics.paired_bootstrap(*correlated_documents(np.random.default_rng(7)), resamples=100)
-    assert found.at_level(0.9999).low == -np.inf
+@pytest.mark.parametrize(("cells", "runs", "shared"), [(11, 3, 0.0), (11, 3, 0.05), (6, 5, 0.02), (22, 3, 0.0)])
+def test_a_null_of_a_pooled_study_is_rejected_at_the_nominal_rate(cells, runs, shared):
+    rng, found = np.random.default_rng(23), []
+    domains, tokens = np.repeat([0, 1, 2], 8), np.round(np.exp(rng.uniform(5, 7, 24)))
+    for _ in range(400):
+        seeds = rng.normal(0, 0.03, (cells, runs, 1)) + rng.normal(0, shared, (1, runs, 1))
+        sums = tokens * (seeds + rng.normal(0, 0.02, (cells, 1, 24)) + rng.normal(0, 0.02, (cells, runs, 24)))
+        pooled = variance.pool(sums.sum(axis=2) / tokens.sum())
+        for held in (True, False):
+            others = [i for i in range(1, cells) if (pooled.kept[0] and pooled.kept[i]) == held]
+            if others:
+                reference = np.broadcast_to(sums[0], sums[others].shape)
+                one = statistics.compare_sources(sums[others], reference, tokens, domains, pooled=pooled if held else None)
+                found.extend(one.p_value <= 0.05)
+    assert 0.03 <= np.mean(found) <= 0.07
 
 
-def test_the_result_does_not_depend_on_the_size_of_the_chunks(monkeypatch):
-    documents = correlated_documents(np.random.default_rng(8))
-    whole = statistics.paired_bootstrap(*documents, resamples=300)
-    monkeypatch.setattr(statistics, "CHUNK", 400)
-    parts = statistics.paired_bootstrap(*documents, resamples=300)
-    assert parts.pivots.shape == whole.pivots.shape
-    assert parts.low == pytest.approx(whole.low, rel=0.2) and parts.difference == whole.difference
+def test_an_effect_of_five_standard_errors_is_found_in_a_pooled_study_of_three_seeds():
+    rng, pooled_found, own_found = np.random.default_rng(24), [], []
+    for _ in range(400):
+        losses = rng.normal(0, 0.03, (11, 3))
+        losses[1] += 5 * 0.03 * np.sqrt(2 / 3)
+        sums = losses[:, :, None] * np.ones(20)
+        for found, pooled in ((pooled_found, variance.pool(losses)), (own_found, None)):
+            found.append(statistics.compare_sources(sums[1], sums[0], np.ones(20), np.zeros(20), pooled=pooled).p_value <= 0.05)
+    assert np.mean(pooled_found) >= 0.95 > np.mean(own_found)
+
+
+# Families, claims, equivalence
 
 
 def test_holm_matches_the_example_by_hand():
@@ -142,49 +285,114 @@ def test_holm_matches_the_example_by_hand():
     assert statistics.holm([0.9, 0.8]) == pytest.approx([1.0, 1.0])
 
 
-def test_holm_intervals_exclude_zero_exactly_where_holm_rejects_and_are_never_narrower():
-    rng = np.random.default_rng(9)
-    for seed in range(20):
-        effects = rng.uniform(-0.15, 0.15, 6)
-        family = [
-            statistics.paired_bootstrap(*correlated_documents(rng, effect=e), resamples=999, seed=seed) for e in effects
-        ]
-        for before, after in zip(family, statistics.holm_intervals(family), strict=True):
-            assert (after.low > 0 or after.high < 0) == (after.p_value <= 0.05)
-            assert after.low <= before.low and before.high <= after.high
-
-
-def comparison(difference, half):
-    return statistics.Comparison(
-        difference, difference - half, difference + half, 0.01, half / 2, 0.95, 50, 999, np.zeros(0)
-    )
+def comparison(difference, error, df=20, seeds=0.001):
+    return statistics.Comparison(difference, error, df, seeds)
 
 
 @pytest.mark.parametrize(
-    ("difference", "half", "seed_error", "verdict"),
+    ("difference", "error", "verdict", "reason"),
     [
-        (-0.02, 0.01, 0.001, "yes"),
-        (-0.02, 0.03, 0.001, "undecided"),  # the interval includes 0
-        (-0.02, 0.01, 0.015, "undecided"),  # within two seed standard errors
-        (-0.003, 0.001, 0.0001, "no"),  # real, and too small to matter
-        (0.02, 0.01, 0.001, "no"),  # worse
-        (0.02, 0.01, 0.02, "undecided"),  # worse, and the seeds could have done it
-        (0.0, 0.02, 0.001, "undecided"),
-        (-0.02, 0.01, float("nan"), "undecided"),  # one seed
+        (-0.02, 0.005, "yes", ""),
+        (-0.02, 0.015, "undecided", ""),  # the interval includes 0
+        (-0.004, 0.001, "undecided", "less than 0.005"),  # real, and perhaps too small to matter
+        (-0.002, 0.001, "no", ""),  # a gain of 0.005 is refuted
+        (0.0, 0.001, "no", ""),
+        (0.0, 0.02, "undecided", ""),  # not refuted: no failure to find is a "no"
+        (0.02, 0.005, "no", ""),  # worse
     ],
 )
-def test_a_claim_needs_an_interval_off_zero_and_a_gain_beyond_the_minimum_and_the_seeds(
-    difference, half, seed_error, verdict
-):
-    found = statistics.claim(comparison(difference, half), seed_error)
-    assert found.verdict == verdict and found.reason
+def test_a_claim_needs_a_small_p_and_a_gain_that_matters_and_a_no_refutes_the_gain(difference, error, verdict, reason):
+    (found,) = statistics.claims([comparison(difference, error)])
+    assert (found.verdict, found.reason) == (verdict, reason)
 
 
-def test_mean_over_seeds_has_students_interval():
-    found = statistics.mean_interval([1.0, 2.0, 3.0])
-    assert found.mean == 2 and found.standard_error == pytest.approx(1 / np.sqrt(3))
-    assert found.high - 2 == pytest.approx(4.302652729911275 / np.sqrt(3))  # t(2 degrees of freedom, 97.5 %)
-    assert np.isnan(statistics.mean_interval([1.0]).low)
+def test_claims_of_a_family_are_adjusted_within_it():
+    family = [comparison(-0.02, 0.008), *[comparison(0.0, 0.02)] * 9]
+    alone, together = statistics.claims(family[:1])[0], statistics.claims(family)[0]
+    assert alone.verdict == "yes" and together.verdict == "undecided"
+    assert together.p_value == pytest.approx(10 * alone.p_value)
+
+
+def test_b_beats_a_exactly_when_a_beats_b_the_other_way_round():
+    for difference in (0.02, -0.02):
+        one = comparison(difference, 0.005)
+        assert {statistics.claims([x])[0].verdict for x in (one, one.reversed())} == {"yes", "no"}
+        assert one.reversed().low == -one.high
+
+
+def test_equivalence_has_its_size_at_the_margin_and_is_found_within_it():
+    rng, margin, error, df = np.random.default_rng(30), 0.01, 0.003, 15
+
+    def share(true, verdict):
+        spread = error * np.sqrt(rng.chisquare(df, 1500) / df)
+        pairs = zip(rng.normal(true, error, 1500), spread, strict=True)
+        return np.mean([statistics.equivalences([comparison(d, e, df)], margin)[0].verdict == verdict for d, e in pairs])
+
+    assert 0.03 <= share(margin, "equivalent") <= 0.065 and 0.03 <= share(-margin, "equivalent") <= 0.065
+    assert share(margin, "different") <= 0.06
+    assert share(0.0, "equivalent") >= 0.8 and share(5 * error + margin, "different") >= 0.95
+    assert statistics.equivalences([comparison(0.0, 0.02)], margin)[0].verdict == "not shown", "no failure to find a difference"
+
+
+def test_equivalence_is_the_ninety_percent_interval_within_the_margin():
+    for difference, error in [(0.002, 0.004), (0.002, 0.005), (-0.006, 0.002), (-0.006, 0.003)]:
+        low, high = difference + np.array([-1, 1]) * stats.t.ppf(0.95, 20) * error
+        (found,) = statistics.equivalences([comparison(difference, error)], 0.01)
+        assert (found.verdict == "equivalent") == (low > -0.01 and high < 0.01)
+
+
+# Calibration error
+
+
+def histogram(rng, n, twist=lambda p: p):
+    """Tokens whose first choice is right as often as ``twist`` of its confidence says, in fifteen bins."""
+    confidence = rng.beta(1.2, 2.5, n)
+    bins, hits = np.minimum((confidence * 15).astype(int), 14), rng.random(n) < twist(confidence)
+    return {name: np.bincount(bins, w, 15) for name, w in (("counts", None), ("confidence_sums", confidence), ("hits", hits))}
+
+
+def plain(found):
+    return np.abs(found["confidence_sums"] - found["hits"]).sum() / found["counts"].sum()
+
+
+@pytest.mark.parametrize("n", [1000, 10_000])
+def test_a_calibrated_model_shows_its_floor_and_nothing_beyond_it(n):
+    rng = np.random.default_rng(40)
+    found = [histogram(rng, n) for _ in range(1500 if n == 1000 else 500)]
+    beyond, floor = np.array([calibration.debiased(one) for one in found]), np.mean([calibration.floor(one) for one in found])
+    assert abs(beyond.mean()) <= 3 * beyond.std() / np.sqrt(len(found)) and abs(beyond.mean()) < 0.05 * floor
+    assert np.mean([plain(one) for one in found]) == pytest.approx(floor, rel=0.02)
+
+
+def test_a_calibrated_models_error_vanishes_as_tokens_grow():
+    rng = np.random.default_rng(41)
+    errors = [plain(histogram(rng, n)) for n in (1000, 100_000, 1_000_000)]
+    assert errors[0] > 5 * errors[1] > 5 * errors[2] / 0.5 and errors[2] < 0.002
+
+
+def test_an_error_far_above_chance_is_left_as_it_is():
+    rng = np.random.default_rng(42)
+    found = [histogram(rng, 20_000, lambda p: p**1.3) for _ in range(200)]
+    true = plain(histogram(rng, 3_000_000, lambda p: p**1.3))
+    assert np.mean([calibration.debiased(one) for one in found]) == pytest.approx(true, abs=0.001)
+    assert np.mean([plain(one) for one in found]) == pytest.approx(true, abs=0.001)
+
+
+def test_splitting_tokens_into_halves_is_what_the_closed_form_averages():
+    rng = np.random.default_rng(43)
+    bins = {"counts": [400.0], "confidence_sums": [120.0], "hits": [111.0]}
+    noise = rng.normal(0, np.sqrt(400 * 0.3 * 0.7), 400_000)
+    one, other = 9 + noise, 9 - noise
+    assert calibration.debiased(bins) * 400 == pytest.approx((np.sign(one) * other).mean(), abs=0.05)
+
+
+def test_empty_bins_and_certain_ones_are_no_trouble():
+    sure = {"counts": [0.0, 10.0], "confidence_sums": [0.0, 10.0], "hits": [0.0, 8.0]}
+    assert calibration.debiased(sure) == pytest.approx(0.2) and calibration.floor(sure) == 0
+    assert calibration.debiased(sure | {"hits": [0.0, 10.0]}) == 0
+
+
+# Tables
 
 
 def test_documents_are_summed_by_source_within_one_split():
@@ -217,12 +425,12 @@ def test_pool_log_probabilities_are_those_of_the_mean_probability():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: statistics.paired_bootstrap([1.0], [1.0, 2.0], [1, 1], ["a", "b"]), "same documents"),
-        (lambda: statistics.paired_bootstrap([1.0, 2.0], [1.0, 2.0], [1, 1], ["a", "a"]), "at least two"),
-        (lambda: statistics.paired_bootstrap([np.nan, 2.0], [1.0, 2.0], [1, 1], ["a", "b"]), "finite"),
-        (lambda: statistics.paired_bootstrap([1.0, 2.0], [1.0, 2.0], [1, 0], ["a", "b"]), "without tokens"),
-        (lambda: statistics.seed_bootstrap([1.0, 2.0], [[1.0, 2.0]], [1, 1]), r"\[seeds, sources\]"),
-        (lambda: statistics.mean_interval([]), "one number a seed"),
+        (lambda: statistics.compare([1.0], [1.0, 2.0], [1, 1], ["a", "b"]), "same documents, got 1, 2, 2"),
+        (lambda: statistics.compare([1.0, 2.0], [1.0, 2.0], [1, 1], ["a", "a"]), "two sources or more, got 1"),
+        (lambda: statistics.compare([np.nan, 2.0], [1.0, 2.0], [1, 1], ["a", "b"]), "finite"),
+        (lambda: statistics.compare([1.0, 2.0], [1.0, 2.0], [1, 0], ["a", "b"]), "needs tokens"),
+        (lambda: statistics.compare(np.ones((3, 2)), np.ones((2, 2)), [1, 1], ["a", "b"]), "one to one, got 3 and 2"),
+        (lambda: statistics.compare_sources([1.0, 2.0], [[1.0, 2.0]], [1, 1], [0, 0]), r"\[runs, sources\]"),
     ],
 )
 def test_data_that_cannot_be_compared_are_refused(call, message):
@@ -231,9 +439,12 @@ def test_data_that_cannot_be_compared_are_refused(call, message):
 
 
 def test_statistics_need_no_torch():
-    subprocess.run(
-        [sys.executable, "-c", "import sys, kdlib.statistics; assert 'torch' not in sys.modules"], check=True
-    )
-    tree = ast.parse(Path(statistics.__file__).read_text())
+    program = "import sys; from kdlib.analysis import calibration, statistics, variance; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("module", [statistics, variance, calibration])
+def test_statistics_need_no_runs(module):
+    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {name for name in imported if name.startswith("kdlib")} == {"kdlib.errors"}
+    assert {name for name in imported if name.startswith("kdlib")} <= {"kdlib.errors", "kdlib.analysis"}

@@ -14,7 +14,7 @@ import pytest
 import synthetic_results
 import yaml
 
-from kdlib.analysis import comparison, grids, outputs, paper, report, statistics, studies
+from kdlib.analysis import comparison, grids, outputs, paper, report, statistics, studies, variance
 from kdlib.errors import KdlibError
 from kdlib.study import store
 from kdlib.study.profiles import REPOSITORY
@@ -90,7 +90,7 @@ def printed(profile, invented):
     for analysis in outputs.analyses(GRIDS).values():
         notebook = nbformat.read(REPOSITORY / "notebooks" / f"{analysis.notebook}.ipynb", as_version=4)
         cells = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
-        cells = cells.replace('profile = "smoke"\nresamples = 1000', f"profile = {profile!r}\nresamples = 200")
+        cells = cells.replace('profile = "smoke"', f"profile = {profile!r}")
         code.append(cells.replace('grid = "weights"', f"grid = {analysis.grid!r}"))
     program = "import sys\n" + "".join(f"exec({one!r}, {{}})\n" for one in code) + 'assert "torch" not in sys.modules'
     environment = {**os.environ, "KDLIB_HOME": str(invented), "MPLBACKEND": "agg"}
@@ -178,7 +178,7 @@ def test_means_keep_the_order_of_the_grid_and_count_runs(profile, home):
     assert list(means.cell) == list(table.cell.unique()) and set(means.runs) == {2}
     one = table[table.cell == "CE"].nll
     np.testing.assert_allclose(means.nll[0], one.mean(), rtol=1e-12)
-    np.testing.assert_allclose(means.seed_standard_error[0], statistics.mean_interval(one).standard_error, rtol=1e-12)
+    np.testing.assert_allclose(means.seed_standard_error[0], one.sem(), rtol=1e-12)
     alone = studies.means(table[table.seed == 1])
     assert alone.seed_standard_error.isna().all() and set(alone.runs) == {1}
 
@@ -252,7 +252,7 @@ def test_differences_are_one_family_with_sentences_that_name_the_cells(profile, 
     table = studies.students(profile, "losses")
     pairs = studies.against(table, "forward KL")
     assert pairs == [("total variation", "forward KL"), ("JSD, β = 0.5", "forward KL")]
-    found = studies.differences(table, pairs, 500)
+    found = studies.differences(table, pairs)
     assert found[["a", "b", "split"]].to_numpy().tolist() == [
         [a, b, split] for a, b in pairs for split in ("test", "ood")
     ]
@@ -261,17 +261,40 @@ def test_differences_are_one_family_with_sentences_that_name_the_cells(profile, 
     assert all("the student with forward KL" in one.lower().replace("kl", "KL") for one in found.sentence)
     assert "student with total variation" in found.sentence[0] and "on test text" in found.sentence[0]
     runs_of = {cell: list(group.run) for cell, group in table.groupby("cell")}
-    family = [comparison.Pair(a, b, runs_of[a], runs_of[b], paired=False) for a, b in pairs]
-    each = [comparison.difference(pair, split, 500)[0].p_value for pair in family for split in ("test", "ood")]
-    np.testing.assert_allclose(found.p_value, statistics.holm(each), rtol=1e-12)
-    named = studies.differences(table, pairs[:1], 500, "student “{}”")
+    family = [comparison.Pair(a, b, runs_of[a], runs_of[b], paired=True) for a, b in pairs]
+    for split in ("test", "ood"):
+        each = [one.p_value for one in comparison.compare(family, split, cells=list(runs_of.values()))]
+        np.testing.assert_allclose(found.p_value[found.split == split], statistics.holm(each), rtol=1e-12)
+    named = studies.differences(table, pairs[:1], "student “{}”")
     assert "student “forward KL”" in named.sentence[0] and list(named.a) == ["total variation"] * 2
+
+
+def test_cells_that_are_not_compared_tell_how_seeds_vary_too(profile, home):
+    table = studies.students(profile, "weights")
+    pairs = [("CE to KD, linear", "CE")]
+    whole, alone = studies.differences(table, pairs), studies.differences(table[table.cell.isin(pairs[0])], pairs)
+    np.testing.assert_allclose(whole.difference, alone.difference)
+    wide = table.pivot(index="cell", columns="seed", values="nll").to_numpy()
+    pooled = np.sqrt(2 * variance.pool(wide).value / wide.shape[1])
+    np.testing.assert_allclose(whole.seed_standard_error[0], pooled, rtol=1e-9)
+    own = (table[table.cell == pairs[0][0]].nll.to_numpy() - table[table.cell == "CE"].nll.to_numpy()).std(ddof=1) / np.sqrt(2)
+    np.testing.assert_allclose(alone.seed_standard_error[0], own, rtol=1e-9)
+
+
+def test_equivalence_with_the_reference_is_a_family_a_measure(profile, home):
+    table = studies.students(profile, "losses")
+    found = studies.equivalences(table, "forward KL", {"nll": 0.01, "ece": 0.005})
+    assert found[["a", "measure"]].to_numpy().tolist() == [[a, m] for m in ("nll", "ece") for a in ("total variation", "JSD, β = 0.5")]
+    told = studies.differences(table, studies.against(table, "forward KL"))
+    np.testing.assert_allclose(found.low[:2], told.low[told.split == "test"])
+    assert set(studies.equivalences(table, "forward KL", {"nll": 10.0}).verdict) == {"equivalent"}
+    assert set(studies.equivalences(table, "forward KL", {"nll": 1e-9}).verdict) <= {"different", "not shown"}
 
 
 def test_one_cell_is_nothing_to_compare(profile, home):
     table = studies.students(profile, "losses").query("cell == 'forward KL'")
     with pytest.raises(KdlibError, match="two cells or more; its grid holds forward KL"):
-        studies.differences(table, studies.against(table, "forward KL"), 200)
+        studies.differences(table, studies.against(table, "forward KL"))
 
 
 def test_a_grid_that_was_not_made_is_told_with_the_command_that_makes_it(profile, fresh):

@@ -1,7 +1,6 @@
 """What was run and what it cost, as tidy tables: settings, corpus, vocabulary, work."""
 
 import re
-from inspect import signature
 from pathlib import PurePath
 
 import numpy as np
@@ -25,7 +24,7 @@ TARGETS = {
 STRATIFIED = ", one from each of as many equal parts"
 
 
-def setup(profile: str, resamples: int) -> pd.DataFrame:
+def setup(profile: str) -> pd.DataFrame:
     """The study's settings and a few counts, a row each: name, value. The paper looks its set-up up here.
 
     Values are those of the runs, not of a profile that may have been edited since they were made.
@@ -67,8 +66,7 @@ def setup(profile: str, resamples: int) -> pd.DataFrame:
         "seeds": trained.seed.nunique(),
         "members": len(next(iter(groups))),
         "repeats": len(groups),
-        "resamples": resamples,
-        "minimum": signature(statistics.claim).parameters["minimum"].default,
+        "minimum": statistics.MINIMUM,
     }
     return pd.DataFrame(
         {"name": name, "value": f"{value:g}" if isinstance(value, float) else str(value)}

@@ -1,14 +1,13 @@
 """Finished runs as tidy tables: what each method reached, and by how much one beats another.
 
 A *method* is what a reader compares ("KD student", "chain (probability pool)"); its runs are the repeats that the plan gives
-it. Means and differences come with bootstrap intervals over seeds × sources (``kdlib.analysis.statistics``), computed from
-the stored per-document sums.
+it. Differences come with intervals over runs and over the sources of text (``kdlib.analysis.statistics``), computed from the
+stored sums per document.
 """
 
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -16,38 +15,29 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from kdlib.analysis import statistics
+from kdlib.analysis import calibration, ledger, statistics, variance
 from kdlib.errors import KdlibError
 from kdlib.study import store
 
 TEXTS = {"test": "test text", "ood": "out-of-domain text"}
 BEST = "its best member"
+# Reliability histograms by the name of the error that they give, before and after the fitted temperature.
+KINDS = {"ece": "raw", "ece_calibrated": "calibrated"}
 
 
 def models(profile: str) -> pd.DataFrame:
     """The entries of the profile's comparison, a row each: method, role, repeat, objective, pool, members, label, seed, run, flops.
 
-    What a run is comes from the plan (:mod:`kdlib.study.design`); index is its id. ``flops`` is what training took: forward and
-    backward passes of the model or its members, plus what the teacher computed for their targets, charged once where they
-    share a cache; NaN for a teacher that was not trained here.
+    What a run is comes from the plan (:mod:`kdlib.study.design`); index is its id. ``flops`` is what making it
+    took, over the union of the runs upstream (:func:`kdlib.analysis.ledger.making`); NaN for a teacher that was not trained here.
     """
     everything = store.table(profile)
     table = pd.DataFrame(store.entries(profile)).rename(columns={"run": "id"}).set_index("id", drop=False)
     for name in ("run", "label", "kind"):
         table[name] = everything[name].loc[table.index]
     table["seed"] = [run.settings["parameters"].get("seed") for run in table.run]
-    table["flops"] = [_flops(run) for run in table.run]
+    table["flops"] = [ledger.making(profile, run) for run in table.run]
     return table
-
-
-def _flops(run: store.Run) -> float:
-    trained = [run.beside(member) for member in run.metrics.get("members", [])] or [run]
-    training = [one.metrics["training"] for one in trained]
-    if None in training:
-        return np.nan
-    caches = {one.settings["inputs"]["targets"] for one in trained if "targets" in one.settings["inputs"]}
-    students = sum(one["flops"] + one.get("teacher_flops", 0) for one in training)
-    return students + sum(run.beside(cache).metrics["flops"] for cache in caches)
 
 
 def runs_table(profile: str) -> pd.DataFrame:
@@ -79,8 +69,17 @@ def _prefixed(prefix: str, values: dict | None) -> dict:
     }
 
 
-def losses(chosen: Sequence[store.Run], split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Summed NLL [runs, sources] in nats and tokens [sources] of runs that were evaluated on the same documents.
+class Losses(NamedTuple):
+    """What runs made of the same text: ``nll`` (nats) and ``correct``, [runs, sources] sums; ``tokens``, ``domains`` [sources]."""
+
+    nll: np.ndarray
+    correct: np.ndarray
+    tokens: np.ndarray
+    domains: np.ndarray
+
+
+def losses(chosen: Sequence[store.Run], split: str) -> Losses:
+    """Losses of runs that were evaluated on the same documents.
 
     Raises:
         KdlibError: their documents differ.
@@ -93,7 +92,8 @@ def losses(chosen: Sequence[store.Run], split: str) -> tuple[np.ndarray, np.ndar
                 f"Runs {chosen[0].id} and {run.id} were not evaluated on the same {split} documents, so their losses "
                 "cannot be compared. Both must come from one corpus: delete the older one and have it made again."
             )
-    return np.stack([part.nll.to_numpy() for part in parts]), parts[0].tokens.to_numpy()
+    nll, correct = (np.stack([part[name].to_numpy(dtype=float) for part in parts]) for name in ("nll", "correct"))
+    return Losses(nll, correct, parts[0].tokens.to_numpy(dtype=float), parts[0].domain.to_numpy())
 
 
 @lru_cache(maxsize=1024)
@@ -102,29 +102,22 @@ def _per_source(file: Path, written: int, split: str) -> pd.DataFrame:
     return statistics.per_source(pd.read_parquet(file), split)
 
 
-def mean_losses(table: pd.DataFrame, resamples: int) -> pd.DataFrame:
+def mean_losses(table: pd.DataFrame) -> pd.DataFrame:
     """Test and out-of-domain metrics of every method, a row per method and split, averaged over its runs.
 
-    ``low`` and ``high`` bound the mean NLL (seeds × sources bootstrap; a single run is resampled over sources alone);
-    ``seed_standard_error`` is over runs, NaN for one. ``perplexity`` is exp of the mean NLL.
+    ``perplexity`` is exp of the mean NLL; ``seed_standard_error`` of the mean NLL is over runs, NaN for one. What a method
+    differs from another by has an interval (:func:`differences`); its own mean would have one that the difficulty of the
+    text makes wide, and that is no help in comparing.
     """
     rows = []
     for method, group in table.groupby("method", sort=False):
         for split in TEXTS:
-            values = pd.DataFrame([run.metrics["evaluation"][split] for run in group.run])
-            nll, tokens = losses(list(group.run), split)
-            interval = statistics.seed_bootstrap(nll, np.zeros((1, len(tokens))), tokens, resamples)
-            error = statistics.mean_interval(nll.sum(axis=1) / tokens.sum()).standard_error
-            row = {"method": method, "split": split, "runs": len(group)}
-            row |= {
-                "nll": interval.difference,
-                "low": interval.low,
-                "high": interval.high,
-                "seed_standard_error": error,
-            }
-            row |= {"perplexity": np.exp(interval.difference)}
+            values, found = pd.DataFrame([run.metrics["evaluation"][split] for run in group.run]), losses(list(group.run), split)
+            nll = pd.Series(found.nll.sum(axis=1) / found.tokens.sum())
+            row = {"method": method, "split": split, "runs": len(group), "nll": nll.mean(), "seed_standard_error": nll.sem()}
+            row |= {"perplexity": np.exp(nll.mean())}
             row |= values.drop(columns=["nll", "perplexity", "tokens", "bytes", "documents"]).mean().to_dict()
-            rows.append(row | {"tokens": tokens.sum(), "sources": len(tokens)})
+            rows.append(row | {"tokens": found.tokens.sum(), "sources": len(found.tokens)})
     return pd.DataFrame(rows)
 
 
@@ -153,27 +146,54 @@ def best_member(ensemble: pd.Series) -> store.Run:
     return min(members, key=lambda run: run.metrics["evaluation"]["validation"]["nll"])
 
 
-def rivals(ensembles: pd.DataFrame) -> list[tuple[str, str, bool]]:
-    """Pairs A, B of ensemble methods worth comparing, and whether they are paired run by run.
+def calibration_errors(table: pd.DataFrame) -> pd.DataFrame:
+    """ECE of every method's first choice, a row per method, split and kind (raw, calibrated), averaged over its runs.
 
-    Two pools of the same members, paired; and two objectives under one pool, whose members share nothing but their
-    seeds.
+    ``ece`` is the plain estimate and ``floor`` what it would be on average if the model were calibrated; ``debiased``, with ``low``
+    and ``high``, is what is left without chance (:mod:`kdlib.analysis.calibration`). The interval is over runs, where there are several, and
+    over sources within their domain, as far as accuracy beyond what the loss explains shows them to vary, but no less than independent
+    tokens would.
     """
-    kinds = ensembles.drop_duplicates("method")[["method", "objective", "pool"]].to_dict("records")
+    rows = []
+    for (method, group), split in itertools.product(table.groupby("method", sort=False), TEXTS):
+        runs, text = list(group.run), losses(list(group.run), split)
+        for measure, kind in KINDS.items():
+            bins, (values, sums) = [run.metrics["reliability"][split][kind] for run in runs], _values(runs, split, measure)
+            seen = variance.of_sources(sums.mean(axis=0), text.tokens, variance.strata(text.domains)).value.sum() ** 0.5
+            sums *= max(1.0, np.mean([calibration.error_of_tokens(one) for one in bins]) / seen)
+            found = statistics.estimate([(values, sums)], text.tokens, text.domains)
+            row = {"method": method, "split": split, "kind": kind, "runs": len(runs)}
+            row["ece"] = np.mean([run.metrics["evaluation"][split][measure] for run in runs])
+            row["floor"] = np.mean([calibration.floor(one) for one in bins])
+            rows.append(row | {"debiased": found.difference, "low": found.low, "high": found.high})
+    return pd.DataFrame(rows)
+
+
+def rivals(ensembles: pd.DataFrame) -> list[tuple[str, str]]:
+    """Pairs A, B of ensemble methods worth comparing, run by run.
+
+    Two pools of the same members; and under one pool two objectives of independent members, or another way of forming members
+    against independent ones of the same objective.
+    """
+    kinds = ensembles.drop_duplicates("method").to_dict("records")
     pairs = []
     for first, second in itertools.combinations(kinds, 2):
-        if first["objective"] == second["objective"]:
-            pairs.append((first["method"], second["method"], True))
-        elif first["pool"] == second["pool"]:
-            pairs.append((second["method"], first["method"], False))
+        apart = {name for name in ("formed", "objective", "pool") if first[name] != second[name]}
+        independent = [one["formed"] == "independent" for one in (first, second)]
+        if apart == {"pool"} and first["members"] == second["members"]:
+            pairs.append((first["method"], second["method"]))
+        elif apart == {"objective"} and all(independent) or apart == {"formed"} and independent[0]:
+            pairs.append((second["method"], first["method"]))
+        elif apart == {"formed"} and independent[1]:
+            pairs.append((first["method"], second["method"]))
     return pairs
 
 
 class Pair(NamedTuple):
     """A comparison to make: is A better than B?
 
-    ``paired``: run i of A belongs to run i of B (an ensemble and its own member, two pools of the same members), so
-    their differences are resampled. Otherwise the seeds of either side are drawn independently.
+    ``paired``: run i of A belongs with run i of B. They start from the same seed, which sets initialisation and data order
+    alike, or are an ensemble and its own member, or two pools of the same members. Otherwise either side varies by itself.
     """
 
     a: str
@@ -183,52 +203,106 @@ class Pair(NamedTuple):
     paired: bool
 
 
-def difference(pair: Pair, split: str, resamples: int) -> tuple[statistics.Comparison, float]:
-    """Mean NLL of A minus that of B, nats per token, and its standard error over seeds."""
-    (nll_a, tokens), (nll_b, _) = losses(pair.runs_a, split), losses(pair.runs_b, split)
-    sides = (nll_a - nll_b, np.zeros((1, len(tokens)))) if pair.paired else (nll_a, nll_b)
-    varied = sides[:1] if pair.paired else sides
-    errors = [statistics.mean_interval(side.sum(axis=1) / tokens.sum()).standard_error for side in varied]
-    return statistics.seed_bootstrap(*sides, tokens, resamples), float(np.sqrt(np.square(errors).sum()))
+def against(table: pd.DataFrame, reference: str) -> list[Pair]:
+    """Every other method of :func:`models` with ``reference``: paired with students of the same seeds, else not."""
+    groups = dict(list(table.groupby("method", sort=False)))
+    seeds = {method: list(group.seed) for method, group in groups.items()}
+    runs = {method: list(group.run) for method, group in groups.items()}
+    return [
+        Pair(method, reference, runs[method], runs[reference], seeds[method] == seeds[reference])
+        for method in groups
+        if method != reference
+    ]
 
 
-def differences(pairs: Sequence[Pair], resamples: int) -> pd.DataFrame:
-    """One family of comparisons, a row per pair and split: difference, adjusted interval and p, verdict, sentence."""
-    keys = [(pair, split) for pair in pairs for split in TEXTS]
-    measured = [difference(pair, split, resamples) for pair, split in keys]
-    adjusted = statistics.holm_intervals([comparison for comparison, _ in measured])
+def _of(runs: Sequence[store.Run]) -> tuple[str, ...]:
+    return tuple(run.id for run in runs)
+
+
+def _values(runs: Sequence[store.Run], split: str, measure: str) -> tuple[np.ndarray, np.ndarray]:
+    """A measure of every run, [runs], and the sums [runs, sources] whose variation is that of its sources."""
+    found = losses(runs, split)
+    if measure == "nll":
+        return found.nll.sum(axis=1) / found.tokens.sum(), found.nll
+    values = [calibration.debiased(run.metrics["reliability"][split][KINDS[measure]]) for run in runs]
+    return np.array(values), _unexplained(found)
+
+
+def _unexplained(found: Losses) -> np.ndarray:
+    """What a source's accuracy has that its loss does not explain: stands in for accuracy − confidence, [runs, sources] sums.
+
+    Confidence is kept for whole splits alone. It follows the difficulty of the text, and so does the loss; the slope between
+    accuracy and loss is that between the sources of a domain.
+    """
+    members = variance.strata(found.domains)
+    share = (members * found.tokens[:, None] / (found.tokens @ members)) @ members.T
+    correct, nll = (sums.mean(axis=0) / found.tokens for sums in (found.correct, found.nll))
+    correct, nll = (values - values @ share for values in (correct, nll))
+    return found.correct - (found.tokens * correct @ nll) / ((found.tokens * nll @ nll) or 1.0) * found.nll
+
+
+def _pools(cells: Sequence[Sequence[store.Run]], split: str, measure: str) -> dict[tuple, variance.Pooled]:
+    """The variance of a run, pooled over a study; by the cells it holds for."""
+    if len(cells) < 2 or len(cells[0]) < 2:
+        return {}
+    pooled = variance.pool(np.stack([_values(runs, split, measure)[0] for runs in cells]))
+    return {_of(runs): pooled for runs, kept in zip(cells, pooled.kept, strict=True) if kept}
+
+
+def compare(
+    pairs: Sequence[Pair], split: str, measure: str = "nll", cells: Sequence[Sequence[store.Run]] = ()
+) -> list[statistics.Comparison]:
+    """A minus B on one split for every pair: mean NLL in nats per token, or debiased ECE.
+
+    Args:
+        cells: runs of each cell of a study, aligned by their seeds and sharing nothing else: the variance of a run is pooled over
+            them. Pairs of other runs speak for themselves (two pools of the same members are alike in all but the
+            pool), and so do pairs with a cell that varies far more than the rest, and those that are not paired.
+    """
+    pools, found = _pools(cells, split, measure), []
+    for pair in pairs:
+        (a, of_a), (b, of_b) = (_values(side, split, measure) for side in (pair.runs_a, pair.runs_b))
+        text = losses([*pair.runs_a, *pair.runs_b], split)
+        both = pair.paired and {_of(pair.runs_a), _of(pair.runs_b)} <= set(pools)
+        sides = [(a - b, of_a - of_b)] if pair.paired else [(a, of_a), (-b, -of_b)]
+        found.append(statistics.estimate(sides, text.tokens, text.domains, pools[_of(pair.runs_a)] if both else None))
+    return found
+
+
+def differences(pairs: Sequence[Pair], cells: Sequence[Sequence[store.Run]] = ()) -> pd.DataFrame:
+    """What the pairs differ by (:func:`compare`), a row per pair and split: difference, interval, p, verdict, sentence.
+
+    Test text is one family, out-of-domain text another: ``p_value`` and ``p_no_gain`` are Holm-adjusted within each, intervals are
+    not adjusted.
+    """
     rows = []
-    for (pair, split), comparison, (_, error) in zip(keys, adjusted, measured, strict=True):
-        row = {"a": pair.a, "b": pair.b, "split": split, "runs": len(pair.runs_a)}
-        row |= {name: getattr(comparison, name) for name in ("difference", "low", "high", "p_value", "level")}
-        claim = statistics.claim(comparison, error)
-        row |= {"seed_standard_error": error, "verdict": claim.verdict}
-        # Where B turns out to be the better one, that is what there is to say.
-        other = statistics.claim(_reversed(comparison), error)
-        said = sentence(row, claim.reason) if other.verdict != "yes" else sentence(_mirrored(row), other.reason)
-        rows.append(row | {"sentence": said})
-    return pd.DataFrame(rows)
+    for split in TEXTS:
+        family = compare(pairs, split, cells=cells)
+        for pair, found, claim in zip(pairs, family, statistics.claims(family), strict=True):
+            row = {"a": pair.a, "b": pair.b, "split": split, "runs": len(pair.runs_a)}
+            row |= {name: getattr(found, name) for name in ("difference", "low", "high")} | {"p_value": claim.p_value}
+            row |= {"seed_standard_error": found.seed_standard_error, "df": found.df, "p_no_gain": claim.p_no_gain}
+            rows.append(row | {"verdict": claim.verdict, "sentence": sentence(row, claim)})
+    order = {(pair.a, pair.b): place for place, pair in enumerate(pairs)}
+    return pd.DataFrame(sorted(rows, key=lambda row: order[row["a"], row["b"]]))
 
 
-def _reversed(comparison: statistics.Comparison) -> statistics.Comparison:
-    return replace(comparison, difference=-comparison.difference, low=-comparison.high, high=-comparison.low)
-
-
-def _mirrored(row: dict) -> dict:
-    turned = {"difference": -row["difference"], "low": -row["high"], "high": -row["low"]}
-    return row | {"a": row["b"], "b": row["a"], "verdict": "yes"} | turned
-
-
-def sentence(row: dict, reason: str) -> str:
-    """What a difference says, in words a reader can check against the row's own numbers; ``reason`` is the claim's."""
-    a, b = (name if name == BEST else f"the {name}" for name in (row["a"], row["b"]))
-    size = f"difference {row['difference']:+.3f} nats/token, interval {row['low']:+.3f} to {row['high']:+.3f}"
-    where, because = TEXTS[row["split"]], reason.rsplit(": ", 1)[1]
+def sentence(row: dict, claim: statistics.Claim) -> str:
+    """What a difference says, in words a reader can check against the row's own numbers."""
+    # Where B turns out to be the better one, that is what there is to say.
+    beaten = claim.verdict == "no" and claim.p_value <= statistics.ALPHA and row["difference"] >= statistics.MINIMUM
+    worse = beaten or (claim.verdict == "undecided" and row["low"] > 0)
+    turned = {"a": row["b"], "b": row["a"], "difference": -row["difference"], "low": -row["high"], "high": -row["low"]}
+    shown, verdict = turned if worse else row, "yes" if beaten else claim.verdict
+    a, b = (name if name == BEST else f"the {name}" for name in (shown["a"], shown["b"]))
+    p = "p < 0.001" if claim.p_value < 0.001 else f"p = {claim.p_value:.3f}"
+    size = f"difference {shown['difference']:+.3f} nats/token, 95 % interval {shown['low']:+.3f} to {shown['high']:+.3f}, {p}"
+    where, because = TEXTS[row["split"]], f": {claim.reason}" if claim.reason else ""
     text = {
         "yes": f"{a} beats {b} on {where} ({size}).",
         "no": f"{a} does not beat {b} on {where} by an amount that matters ({size}).",
-        "undecided": f"whether {a} beats {b} on {where} is undecided: {because} ({size}).",
-    }[row["verdict"]]
-    if row["verdict"] == "undecided" and row["high"] < 0:
-        text = f"{a} scores better than {b} on {where}, but no claim is made: {because} ({size})."
+        "undecided": f"whether {a} beats {b} on {where} is undecided{because} ({size}).",
+    }[verdict]
+    if verdict == "undecided" and shown["high"] < 0:
+        text = f"{a} scores better than {b} on {where}, but no claim is made{because} ({size})."
     return text[0].upper() + text[1:]

@@ -1,6 +1,7 @@
 """How figures look: one style, one colour a method, labels beside what they name, the same bytes from the same data."""
 
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -10,6 +11,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kdlib.analysis import statistics
 from kdlib.study import store
 
 # Okabe and Ito's palette, told apart by colour-blind readers and in greyscale.
@@ -48,31 +50,39 @@ def colour(method: str) -> str:
 def dots(axis: Axes, frame: pd.DataFrame, label: str, value: str, limits: tuple[float, float] | None = None) -> None:
     """A line per row of ``frame``, top first: the value, its interval (columns low, high), and the number at the right.
 
-    A value beyond ``limits`` becomes an arrow at that edge; the number stays what it is. A column ``colour`` takes the
-    place of the methods' colours.
+    A value beyond ``limits`` becomes an arrow at that edge, and an interval ends there; the number stays what it is. A column
+    ``colour`` takes the place of the methods' colours, a column ``beside`` is written after the number.
     """
     low, high = limits or (-np.inf, np.inf)
     for place, row in enumerate(frame.to_dict("records")):
         tint, inside = row.get("colour") or colour(row[label]), low <= row[value] <= high
         if inside:
-            axis.plot([row["low"], row["high"]], [place, place], color=tint, linewidth=1.6, solid_capstyle="butt")
+            ends = np.clip([row["low"], row["high"]], low, high)
+            axis.plot(ends, [place, place], color=tint, linewidth=1.6, solid_capstyle="butt")
         marker = "o" if inside else ">" if row[value] > high else "<"
         axis.plot(np.clip(row[value], low, high), place, marker=marker, color=tint, markersize=4.5, clip_on=False)
         _number(axis, place, f"{row[value]:.3f}", tint)
+        if "beside" in row:
+            _number(axis, place, row["beside"], tint, column=1)
     _lines(axis, list(frame[label]))
     if limits:
         axis.set_xlim(low - 0.04 * (high - low), high + 0.04 * (high - low))
 
 
-def against(axis: Axes, differences: pd.DataFrame, reference: str) -> None:
-    """Differences from a reference, which has the first line: dark where the interval leaves 0 out, else grey.
+def against(axis: Axes, differences: pd.DataFrame, reference: str, losses: Mapping[str, float] | None = None) -> None:
+    """Differences from a reference, which has the first line, with their intervals: dark where p ≤ 0.05, else grey.
 
     Args:
-        differences: columns a, difference, low, high (``comparison.differences``, one split).
+        differences: columns a, difference, low, high, p_value (``comparison.differences``, one split).
+        losses: mean loss of every line, by name, written beside the differences.
     """
-    clear = (differences.low > 0) | (differences.high < 0)
     first = pd.DataFrame([{"a": reference, "difference": 0.0, "low": 0.0, "high": 0.0, "colour": DARK}])
-    rows = pd.concat([first, differences.assign(colour=np.where(clear, DARK, GREY))], ignore_index=True)
+    told = differences.assign(colour=np.where(differences.p_value <= statistics.ALPHA, DARK, GREY))
+    rows = pd.concat([first, told], ignore_index=True)
+    if losses is not None:
+        rows["beside"] = [f"{losses[name]:.3f}" for name in rows.a]
+        for column, heading in enumerate(["Δ", "NLL"]):
+            _number(axis, -1, heading, GREY, column)
     # Neither one student that learned nothing nor an unbounded interval may squeeze all others into a point.
     ends = rows[["low", "difference", "high"]].where(np.isfinite)
     near = ends[rows.difference.abs() <= 3 * ends[1:].abs().max(axis=1).median()]
@@ -108,9 +118,10 @@ def height(lines: int) -> float:
     return 0.7 + 0.22 * lines
 
 
-def _number(axis: Axes, place: int, text: str, tint: str) -> None:
-    where = {"xycoords": ("axes fraction", "data"), "va": "center"}
-    axis.annotate(text.replace("-", "−"), (1.03, place), color=tint, fontsize=7.5, **where)
+def _number(axis: Axes, place: int, text: str, tint: str, column: int = 0) -> None:
+    # Right-aligned, a column every 32 points: seven characters and a gap.
+    where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center", "ha": "right"}
+    axis.annotate(text.replace("-", "−"), (1, place), (33 + 32 * column, 0), color=tint, fontsize=7.5, annotation_clip=False, **where)
 
 
 def _lines(axis: Axes, names: list[str]) -> None:
@@ -165,7 +176,7 @@ def reliability(axis: Axes, bins: pd.DataFrame, text: str, tint: str) -> None:
     axis.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.7, zorder=0)
     axis.plot(confidence, accuracy, color=tint, linewidth=0.9)
     axis.scatter(confidence, accuracy, s=2 + 60 * filled.counts / filled.counts.sum(), color=tint, linewidth=0)
-    axis.annotate(text, (0.05, 0.95), xycoords="axes fraction", va="top", color=tint, fontsize=7.5)
+    axis.annotate(text, (0.97, 0.04), xycoords="axes fraction", va="bottom", ha="right", color=tint, fontsize=7.5)
     axis.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1], aspect="equal")
 
 

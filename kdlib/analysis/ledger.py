@@ -66,6 +66,16 @@ def cost(profile: str, run: store.Run, teacher_training: bool) -> pd.DataFrame:
     return pd.DataFrame(total(*parts)).T.astype(float).rename_axis("category")
 
 
+def making(profile: str, run: store.Run) -> float:
+    """FLOPs that making ``run`` took, all that lies upstream included but the training of teachers and all evaluation.
+
+    Of a teacher it is its own training; NaN for one that was not trained here.
+    """
+    if run.kind == "teacher":
+        return float("nan") if run.metrics["training"] is None else float(work(run)["train"]["flops"])
+    return float(cost(profile, run, teacher_training=False).flops[list(MAKING)].sum())
+
+
 def _inputs(profile: str, run: store.Run) -> Iterator[store.Run]:
     for name, value in run.settings["inputs"].items():
         for one in [value] if isinstance(value, str) else value:

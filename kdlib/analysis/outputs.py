@@ -50,7 +50,7 @@ COMPARISON = [
     Analysis("15_calibration", ["calibration", "reliability"], ["reliability"]),
     Analysis("17_cost", ["runs", "setup", "corpus", "vocabulary", "cost"], ["cost"]),
 ]
-TARGETS = Analysis("11_target_fidelity", ["targets", "targets_runs", "targets_differences"], ["targets"], "targets")
+TARGETS = Analysis("11_target_fidelity", ["targets", "targets_runs", "targets_differences", "targets_equivalence"], ["targets"], "targets")
 
 
 def analyses(held: Iterable[str]) -> dict[str, Analysis]:

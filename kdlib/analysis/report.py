@@ -40,8 +40,11 @@ def as_csv(frame: pd.DataFrame) -> str:
 
 
 class _Formatter(string.Formatter):
-    # Adds the format "si" for counts of any size: in full below 10 000, else three digits and a metric prefix.
+    # Adds the format "si" for counts of any size: in full below 10 000, else three digits and a metric prefix; and "p" for
+    # p-values: three decimals, or that it is below the last of them.
     def format_field(self, value, spec):
+        if spec == "p":
+            return "< 0.001" if value < 0.001 else f"{value:.3f}"
         if spec != "si" or isinstance(value, str):
             return super().format_field(value, spec.removeprefix("si"))
         if abs(value) < 10_000:
@@ -152,7 +155,8 @@ class Table:
 
 
 _METHOD = {"Method": "{method}", "Runs": "{runs}"}
-_LOSS = {"NLL": "{nll:.3f}", "Interval": "[{low:.3f}, {high:.3f}]"}
+_LOSS = {"NLL": "{nll:.3f}"}
+_AGAINST = {"− CE student": "{difference:+.3f}", "95 % interval": "[{low:+.3f}, {high:+.3f}]", "p": "{p_value:p}"}
 _QUALITY = {"Bits/byte": "{bits_per_byte:.3f}", "Accuracy": "{accuracy:.3f}", "ECE": "{ece:.3f}"}
 _CALIBRATED = {"Calibrated NLL": "{nll_calibrated:.3f}"}
 _SIZE = {"Parameters": "{parameters:si}", "Training FLOPs": "{flops:si}"}
@@ -161,8 +165,8 @@ _DIFFERENCE = {
     "B": "{b}",
     "Text": "{split}",
     "A − B": "{difference:+.3f}",
-    "Interval": "[{low:+.3f}, {high:+.3f}]",
-    "p": "{p_value:.4f}",
+    "95 % interval": "[{low:+.3f}, {high:+.3f}]",
+    "p": "{p_value:p}",
     "A is better": "{verdict}",
 }
 _CORPUS = {
@@ -179,6 +183,9 @@ _CALIBRATION = {
     "Text": "{split}",
     "Temperature": "{temperature:.3f}",
     "ECE": "{ece:.3f} → {ece_calibrated:.3f}",
+    "Floor": "{ece_floor:.3f}",
+    "Debiased": "{ece_debiased:.3f} → {ece_debiased_calibrated:.3f}",
+    "95 % interval": "[{ece_low:.3f}, {ece_high:.3f}] → [{ece_low_calibrated:.3f}, {ece_high_calibrated:.3f}]",
     "Full ECE": "{full_ece:.3f} → {full_ece_calibrated:.3f}",
     "NLL": "{nll:.3f} → {nll_calibrated:.3f}",
 }
@@ -205,7 +212,8 @@ _TARGETS = {
     "KL to teacher": "{teacher_kl:.3f}",
     "NLL": "{nll:.3f}",
     "ECE": "{ece:.3f}",
-    "Near": "{near}",
+    "Within 0.01 nats": "{nll_within}",
+    "0.005 of ECE": "{ece_within}",
 }
 TABLES = {
     "corpus": Table("corpus", _CORPUS),
@@ -214,8 +222,8 @@ TABLES = {
         "objectives", _METHOD | {"Text": "{split}"} | _LOSS | {"Perplexity": "{perplexity:.1f}"} | _QUALITY
     ),
     "objectives_differences": Table("objectives_differences", _DIFFERENCE),
-    "methods": Table("methods", _METHOD | _LOSS | _QUALITY | _CALIBRATED | _SIZE, {"split": "test"}),
-    "methods_ood": Table("methods", _METHOD | _LOSS | _QUALITY | _CALIBRATED, {"split": "ood"}),
+    "methods": Table("methods", _METHOD | _LOSS | _AGAINST | _QUALITY | _SIZE, {"split": "test"}),
+    "methods_ood": Table("methods", _METHOD | _LOSS | _AGAINST | _QUALITY, {"split": "ood"}),
     "methods_differences": Table("methods_differences", _DIFFERENCE),
     "calibration": Table("calibration", _CALIBRATION),
     "targets": Table("targets", _TARGETS),
@@ -268,7 +276,7 @@ def latex_table(table: Table, profile: str) -> str:
 
 
 def _is_number(cells: Iterable[str]) -> bool:
-    return all(re.match(r"[\[+−-]*\d|–$", cell) for cell in cells)
+    return all(re.match(r"[\[+−-]*\d|<|–$", cell) for cell in cells)
 
 
 def markdown_table(headings: Iterable[str], body: Iterable[Iterable[str]]) -> str:
@@ -305,7 +313,7 @@ def _results(profile: str) -> str:
     about = (
         f"Drawn from the {setup['runs']} runs of the profile `{profile}` on {setup['device']}: "
         f"{found['setup/train_tokens/si']} tokens of training text, {epochs}. Losses are nats per "
-        "token of test text, with bootstrap intervals over seeds and sources."
+        "token of test text; intervals are at 95 % and hold seeds and sources, p is Holm-adjusted."
     )
     said = [f"- {sentence}" for stem in README_FINDINGS for sentence in findings(profile, stem)]
     held = outputs.analyses(store.grids(profile)).values()
@@ -337,8 +345,8 @@ def _studies(profile: str) -> list[str]:
         return []
     about = (
         f"Single students that differ in one respect ({' or '.join(sorted(seeds))} seeds each), against the reference of their "
-        "study: who has the lower and who the higher test loss by an adjusted interval (difference in nats per token). Tokens: "
-        "those that a student was trained on, repeated or not."
+        "study, paired by seed: who is shown to have the lower test loss, and who is shown not to (difference in nats per token, "
+        "p ≤ 0.05 after Holm). Tokens: those that a student was trained on, repeated or not."
     )
     return [about, markdown_table(["Study", "Tokens", "Reference", "Better", "Worse", "Undecided"], body)]
 

@@ -1,14 +1,13 @@
-"""Intervals, tests and claims about differences of NLL, from per-document sums alone.
+"""Differences of mean loss between models: intervals, tests, claims and equivalence, from sums per document alone.
 
-Documents of one source (a speech, a chat) resemble each other, and two models err on the same ones, so the unit of
-every resample is the *source* and comparisons are paired. The bootstrap is studentised: each resample's difference is
-divided by its own standard error, which keeps the error rate near its nominal value with a few dozen sources of
-unequal size, where the plain percentile interval is too short (Hall, The Bootstrap and Edgeworth Expansion, 1992,
-chapter 3; Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 12).
+Documents of one source (a speech, a chat) resemble each other, so the source is the unit; the mix of domains is fixed by
+design, so sources vary within their domain and never across; and two models err on the same text, so comparisons are
+paired. Runs of one method differ in their seeds. :mod:`kdlib.analysis.variance` says what each of these adds; a t quantile
+with Satterthwaite's degrees of freedom makes the interval. Nothing is resampled: three runs are too few for a bootstrap.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -16,148 +15,154 @@ from numpy.typing import ArrayLike
 from scipy.special import logsumexp
 from scipy.stats import t as student_t
 
+from kdlib.analysis import variance
 from kdlib.errors import KdlibError
 
-CHUNK = 2**21  # resampled values held at once: 16 MiB of float64
+LEVEL = 0.95  # of every interval that is shown
+ALPHA = 0.05  # of every decision, for all comparisons of a family together
+MINIMUM = 0.005  # nats per token that a claim needs
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A difference A − B in nats per token: negative when A is better.
+    """A difference A − B of two means, with what is known of its error.
 
-    ``low`` and ``high`` bound the interval at ``level`` and exclude 0 exactly when ``p_value`` ≤ 1 − ``level``. After
-    ``holm_intervals``, ``p_value`` is the adjusted one and ``level`` is that of the adjusted interval. ``pivots``:
-    the sorted |studentised differences| of the resamples.
+    ``seed_standard_error`` is the part that comes from runs, NaN where a side has only one: the interval then speaks of that
+    one model. The interval at ``LEVEL`` excludes 0 exactly when ``p_value`` ≤ 1 − ``LEVEL``. Fields are numbers, or arrays
+    where :func:`compare_sources` was given many comparisons at once.
     """
 
     difference: float
-    low: float
-    high: float
-    p_value: float
     standard_error: float
-    level: float
-    n_units: int
-    resamples: int
-    pivots: np.ndarray = field(repr=False, compare=False)
+    df: float
+    seed_standard_error: float
 
-    def at_level(self, level: float) -> "Comparison":
-        """The same comparison with the interval of another confidence level (unbounded if it needs more resamples)."""
-        rank = int(np.ceil(level * (self.resamples + 1) - 1e-9))
-        quantile = self.pivots[rank - 1] if rank <= self.resamples else np.inf
-        half = quantile * self.standard_error if self.standard_error > 0 else 0.0
-        return replace(self, low=float(self.difference - half), high=float(self.difference + half), level=level)
+    @property
+    def low(self) -> float:
+        """Lower end of the interval."""
+        return self.difference - self._half
+
+    @property
+    def high(self) -> float:
+        """Upper end of the interval."""
+        return self.difference + self._half
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided p-value of a true difference of 0; 1 for a model against itself."""
+        return 2 * student_t.sf(np.abs(self._t(0.0)), self.df)
+
+    def p_below(self, bound: float) -> float:
+        """One-sided p-value against a true difference of ``bound`` or more: small if it is shown to be below."""
+        return student_t.cdf(self._t(bound), self.df)
+
+    def p_above(self, bound: float) -> float:
+        """One-sided p-value against a true difference of ``bound`` or less: small if it is shown to be above."""
+        return student_t.sf(self._t(bound), self.df)
+
+    def reversed(self) -> "Comparison":
+        """B − A."""
+        return replace(self, difference=-self.difference)
+
+    @property
+    def _half(self) -> float:
+        return student_t.ppf((1 + LEVEL) / 2, self.df) * self.standard_error
+
+    def _t(self, bound: float) -> float:
+        # 0/0 = 0: a difference that is exactly the bound, and never varied, is no evidence either way.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(self.difference == bound, 0.0, (self.difference - bound) / self.standard_error)[()]
 
 
-def paired_bootstrap(
+def compare(
     nll_a: ArrayLike,
     nll_b: ArrayLike,
     tokens: ArrayLike,
-    units: ArrayLike,
-    resamples: int = 10_000,
-    seed: int = 0,
-    level: float = 0.95,
+    sources: ArrayLike,
+    domains: ArrayLike | None = None,
+    paired: bool = True,
 ) -> Comparison:
-    """Difference of mean NLL of two models on the same documents, Σ(a − b)/Σ tokens, with sources resampled.
+    """Mean NLL of A minus that of B on the same documents, Σ(a − b)/Σ tokens, in nats per token.
 
-    ``nll_a``, ``nll_b``: summed NLL of each document, nats; ``tokens``: its predicted tokens; ``units``: its source,
-    all of one length. The p-value is two-sided. A against itself gives exactly 0, the interval [0, 0] and p = 1.
-    Raises KdlibError for arrays of unequal length, non-finite values or fewer than two sources.
+    Args:
+        nll_a: summed NLL of each document in nats, [documents] of one model or [runs, documents] of several.
+        nll_b: the same of B.
+        tokens: predicted tokens of each document, [documents].
+        sources: what each document was taken from, [documents] names; those of one source resemble each other.
+        domains: the domain of each, [documents] names; all one if left out.
+        paired: run i of A and run i of B belong together (the same seed, an ensemble and its member). Otherwise the runs of
+            either side vary by themselves.
+
+    Raises:
+        KdlibError: lengths disagree, values are not finite, fewer than two sources, or paired runs that do not match.
     """
-    nll_a, nll_b, tokens = (np.asarray(values, dtype=np.float64) for values in (nll_a, nll_b, tokens))
-    codes, sources = pd.factorize(np.asarray(units))
-    if not nll_a.shape == nll_b.shape == tokens.shape == codes.shape:
+    a, b = (np.atleast_2d(np.asarray(values, dtype=np.float64)) for values in (nll_a, nll_b))
+    tokens, sources = np.asarray(tokens, dtype=np.float64), np.asarray(sources)
+    domains = np.zeros(len(sources)) if domains is None else np.asarray(domains)
+    if not a.shape[1:] == b.shape[1:] == tokens.shape == sources.shape == domains.shape:
         raise KdlibError(
-            "A paired comparison needs one value per document from both models, on the same documents in the same "
-            f"order; found {nll_a.shape}, {nll_b.shape} NLLs, {tokens.shape} token counts and {codes.shape} "
-            "sources. Join the two tables on 'document' first."
+            f"`nll_a`, `nll_b`, `tokens`, `sources` and `domains` must tell of the same documents, got {a.shape[1]}, {b.shape[1]}, "
+            f"{tokens.size}, {sources.size} and {domains.size}. Join the tables first."
         )
-    difference, tokens = (np.bincount(codes, values, minlength=len(sources)) for values in (nll_a - nll_b, tokens))
-    return seed_bootstrap(difference[None], np.zeros_like(difference)[None], tokens, resamples, seed, level)
+    units = pd.MultiIndex.from_arrays([domains, sources])
+    codes, names = units.factorize(sort=True)
+    a, b, (tokens,) = (
+        np.stack([np.bincount(codes, row, minlength=len(names)) for row in rows]) for rows in (a, b, tokens[None])
+    )
+    return compare_sources(a, b, tokens, names.get_level_values(0), paired)
 
 
-def seed_bootstrap(
-    a: ArrayLike, b: ArrayLike, tokens: ArrayLike, resamples: int = 10_000, seed: int = 0, level: float = 0.95
+def compare_sources(
+    a: ArrayLike,
+    b: ArrayLike,
+    tokens: ArrayLike,
+    domains: ArrayLike,
+    paired: bool = True,
+    pooled: variance.Pooled | None = None,
 ) -> Comparison:
-    """Difference of mean NLL of two methods, each averaged over its training seeds, with seeds × sources resampled.
+    """:func:`compare` for sums by source: ``a``, ``b`` [..., runs, sources], ``tokens`` and ``domains`` [sources].
 
-    ``a``: [seeds of A, sources], ``b``: [seeds of B, sources] summed NLL, nats; ``tokens``: [sources]. The sources
-    are drawn once per resample for both methods (paired), the seeds of A and of B independently (Owen, The pigeonhole
-    bootstrap, 2007). A side with one seed contributes no seed variance: its interval speaks of that one model. Raises
-    KdlibError as ``paired_bootstrap`` does.
+    Leading dimensions are separate comparisons. ``pooled`` is the variance of a run that the study of paired runs shares
+    (:func:`kdlib.analysis.variance.pool`); without it the runs of this comparison speak for themselves.
     """
     a, b, tokens = (np.asarray(values, dtype=np.float64) for values in (a, b, tokens))
-    if a.ndim != 2 or b.ndim != 2 or not a.shape[1:] == b.shape[1:] == tokens.shape or not len(a) or not len(b):
-        raise KdlibError(
-            "A comparison over seeds needs arrays [seeds, sources] of both methods over the same sources and "
-            f"[sources] token counts; found {a.shape}, {b.shape} and {tokens.shape}. Build them with per_source, "
-            "one row a seed."
-        )
-    if tokens.size < 2:
-        raise KdlibError(
-            f"A bootstrap over sources needs at least two of them to see how they vary; found {tokens.size}. "
-            "Evaluate on a split with more sources."
-        )
-    if not (np.isfinite(a).all() and np.isfinite(b).all() and (tokens > 0).all() and np.isfinite(tokens).all()):
-        raise KdlibError(
-            "A comparison needs finite NLL sums and a positive token count for every source; found NaN, infinity "
-            "or a source without tokens. Evaluate the run again, or leave the empty documents out."
-        )
-    rng = np.random.default_rng(seed)
-    once = [np.full((1, len(x)), 1 / len(x)) for x in (a, b)]
-    (difference,), (standard_error,) = _estimate(a, b, tokens, np.ones((1, tokens.size)), *once)
-    rows = max(1, CHUNK // tokens.size)
-    pivots = []
-    for start in range(0, resamples, rows):
-        size = min(rows, resamples - start)
-        draws = _counts(rng, size, tokens.size)
-        shares = [_counts(rng, size, len(x)) / len(x) for x in (a, b)]
-        drawn, error = _estimate(a, b, tokens, draws, *shares)
-        pivots.append(_studentise(drawn - difference, error))
-    pivots = np.sort(np.abs(np.concatenate(pivots)))
-    reached = resamples - np.searchsorted(pivots, np.abs(_studentise(difference, standard_error)), side="left")
-    return Comparison(
-        difference=float(difference),
-        low=np.nan,
-        high=np.nan,
-        p_value=float((reached + 1) / (resamples + 1)),
-        standard_error=float(standard_error),
-        level=level,
-        n_units=tokens.size,
-        resamples=resamples,
-        pivots=pivots,
-    ).at_level(level)
+    _refuse_unusable(a, b, tokens, paired)
+    sides = [a - b] if paired else [a, -b]
+    return estimate([(side.sum(axis=-1) / tokens.sum(), side) for side in sides], tokens, np.asarray(domains), pooled)
 
 
-def _counts(rng: np.random.Generator, rows: int, n: int) -> np.ndarray:
-    """How often each of n units is drawn when n are drawn with replacement: [rows, n], each row multinomial."""
-    drawn = rng.integers(n, size=(rows, n)) + n * np.arange(rows)[:, None]
-    return np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float64)
+def estimate(
+    sides: Sequence[tuple[np.ndarray, np.ndarray]],
+    tokens: np.ndarray,
+    domains: np.ndarray,
+    pooled: variance.Pooled | None = None,
+) -> Comparison:
+    """The sum of means over independent ``sides``, each (values [..., runs], sums [..., runs, sources]).
 
-
-def _estimate(
-    a: np.ndarray, b: np.ndarray, tokens: np.ndarray, draws: np.ndarray, share_a: np.ndarray, share_b: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Difference and standard error of each resample: source variance (linearised ratio) plus the seed variance of
-    either side.
-
-    ``draws``: [resamples, sources] counts; ``share_a``, ``share_b``: [resamples, seeds] weights that sum to 1.
+    Runs vary as the values do, and sources as the sums: those of the values themselves, or of what stands in for them.
     """
-    total = draws @ tokens
-    mean_a, mean_b = (np.einsum("rs,rs->r", share, draws @ x.T) / total for x, share in ((a, share_a), (b, share_b)))
-    residual = share_a @ a - share_b @ b - (mean_a - mean_b)[:, None] * tokens
-    n = tokens.size
-    variance = n / (n - 1) * np.einsum("ru,ru,ru->r", draws, residual, residual) / total**2
-    for x, share, mean in ((a, share_a, mean_a), (b, share_b, mean_b)):
-        if len(x) > 1:
-            deviation = draws @ x.T / total[:, None] - mean[:, None]
-            variance += np.einsum("rs,rs,rs->r", share, deviation, deviation) / (len(x) - 1)
-    return mean_a - mean_b, np.sqrt(variance)
+    members = variance.strata(domains)
+    several = [(values, sums) for values, sums in sides if values.shape[-1] > 1]
+    runs = [variance.of_runs(values) for values, _ in several]
+    if pooled is not None and runs:
+        runs = [variance.Variance(np.float64(2 * pooled.value / sides[0][0].shape[-1]), np.float64(pooled.df))]
+    both = sum((variance.interaction(sums, tokens, members) for _, sums in several), np.float64(0))
+    text = variance.of_sources(sum(sums.mean(axis=-2) for _, sums in sides), tokens, members)
+    found = variance.total(runs, text, both)
+    of_runs = np.sqrt(sum(one.value for one in runs)) if len(several) == len(sides) else np.nan
+    difference = sum(values.mean(axis=-1) for values, _ in sides)
+    return Comparison(difference[()], np.sqrt(found.value)[()], found.df[()], of_runs)
 
 
-def _studentise(difference: np.ndarray, standard_error: np.ndarray) -> np.ndarray:
-    """difference/standard_error, with 0/0 = 0: a resample that equals the estimate is no evidence of spread."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(difference == 0, 0.0, difference / standard_error)
+def _refuse_unusable(a: np.ndarray, b: np.ndarray, tokens: np.ndarray, paired: bool) -> None:
+    if min(a.ndim, b.ndim) < 2 or not a.shape[-1:] == b.shape[-1:] == tokens.shape or not a.size or not b.size:
+        raise KdlibError(f"Sums must be [runs, sources] and tokens [sources], got {a.shape}, {b.shape} and {tokens.shape}.")
+    if paired and a.shape[-2] != b.shape[-2]:
+        raise KdlibError(f"Paired runs must match one to one, got {a.shape[-2]} and {b.shape[-2]}. Compare them with paired=False.")
+    if tokens.size < 2:
+        raise KdlibError(f"A comparison needs two sources or more, got {tokens.size}. Evaluate on a split with more of them.")
+    if not (np.isfinite(a).all() and np.isfinite(b).all() and np.isfinite(tokens).all() and (tokens > 0).all()):
+        raise KdlibError("Losses must be finite and every source needs tokens. Evaluate again, or leave empty documents out.")
 
 
 def holm(p_values: ArrayLike) -> np.ndarray:
@@ -170,78 +175,70 @@ def holm(p_values: ArrayLike) -> np.ndarray:
     return adjusted
 
 
-def holm_intervals(comparisons: Sequence[Comparison], level: float = 0.95) -> list[Comparison]:
-    """The comparisons of one family with Holm-adjusted p-values and the intervals that agree with them.
-
-    Comparison i is shown at level 1 − α·p_i/p̃_i (p̃ adjusted, α = 1 − ``level``), so its interval excludes 0 exactly
-    when Holm rejects. These are intervals for reading the family's decisions; joint coverage of all the true
-    differences would need Bonferroni's.
-    """
-    p = np.array([comparison.p_value for comparison in comparisons])
-    stepped = holm(p)
-    # An adjusted value capped at 1 would loosen the level again; it is far from rejection either way.
-    levels = 1 - (1 - level) * np.minimum(p / stepped, 1.0)
-    return [
-        replace(comparison.at_level(float(own)), p_value=float(adjusted))
-        for comparison, own, adjusted in zip(comparisons, levels, stepped, strict=True)
-    ]
-
-
 @dataclass(frozen=True)
 class Claim:
-    """The verdict on "A has the lower NLL" (yes, no or undecided) and the sentence that justifies it."""
+    """The verdict on "A has the lower loss" (yes, no or undecided), with the Holm-adjusted p-values behind it.
+
+    ``p_value``: of no difference. ``p_no_gain``: of a gain of the minimum or more. ``reason``: why nothing is claimed, if not for p.
+    """
 
     verdict: str
-    reason: str
+    p_value: float
+    p_no_gain: float
+    reason: str = ""
 
 
-def claim(comparison: Comparison, seed_standard_error: float, minimum: float = 0.005) -> Claim:
-    """Whether A is better than B by an amount that matters; for the opposite claim compare B with A.
+def claims(family: Sequence[Comparison], minimum: float = MINIMUM) -> list[Claim]:
+    """Whether A is better than B by an amount that matters, for the comparisons of one family (Holm).
 
-    yes: the (Holm-adjusted) interval lies below 0 and the gain −difference ≥ max(``minimum``, 2
-    ``seed_standard_error``), nats per token.
-    no: a gain of ``minimum`` is ruled out, both by the interval and by two seed standard errors.
-    undecided: everything else, also an unknown (NaN) ``seed_standard_error``.
+    yes: no difference is refuted, and the gain −difference is ``minimum`` or more.
+    no: a gain of ``minimum`` is refuted by a one-sided test of non-superiority, or B is better in the sense of "yes".
+    undecided: everything else, also where a side has one run.
     """
-    gain, spread = -comparison.difference, 2 * seed_standard_error
-    interval = f"[{-comparison.high:.4f}, {-comparison.low:.4f}]"
-    found = f"gain {gain:.4f} nats/token, interval {interval}, 2 seed standard errors {spread:.4f}"
-    if not np.isfinite(spread):
-        return Claim("undecided", f"{found}: one seed cannot show how seeds vary")
-    threshold = max(minimum, spread)
-    if comparison.high < 0 and gain >= threshold:
-        return Claim("yes", f"{found}: excludes 0 and reaches {threshold:.4f}")
-    if max(-comparison.low, gain + spread) < minimum:
-        return Claim("no", f"{found}: rules out a gain of {minimum:.4f}")
-    short = "includes 0" if comparison.high >= 0 else f"gain below {threshold:.4f}"
-    return Claim("undecided", f"{found}: {short}")
+    adjusted = holm([one.p_value for one in family])
+    refuted = holm([one.p_above(-minimum) for one in family])
+    return [_claim(*found, minimum) for found in zip(family, adjusted, refuted, strict=True)]
+
+
+def _claim(one: Comparison, p: float, p_no_gain: float, minimum: float) -> Claim:
+    found, size = (float(p), float(p_no_gain)), abs(one.difference)
+    if not np.isfinite(one.seed_standard_error):
+        return Claim("undecided", *found, "one run cannot show how runs vary")
+    if p <= ALPHA and size >= minimum:
+        return Claim("yes" if one.difference < 0 else "no", *found)
+    if p_no_gain <= ALPHA:
+        return Claim("no", *found)
+    return Claim("undecided", *found, "" if p > ALPHA else f"less than {minimum:g}")
 
 
 @dataclass(frozen=True)
-class Mean:
-    """A mean over independent runs with its standard error and interval (NaN for a single run)."""
+class Equivalence:
+    """The verdict on "within the margin": equivalent, different or not shown, with Holm-adjusted p-values.
 
-    mean: float
-    standard_error: float
-    low: float
-    high: float
-    n: int
+    ``p_value``: of a difference beyond the margin. ``p_different``: of one within it.
+    """
+
+    verdict: str
+    p_value: float
+    p_different: float
 
 
-def mean_interval(values: ArrayLike, level: float = 0.95) -> Mean:
-    """Mean over seeds with Student's t interval, from one number a seed. Raises KdlibError if there is none."""
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1 or not values.size:
-        raise KdlibError(
-            f"A mean over seeds needs a list of one number a seed; found shape {values.shape}. Check that the runs "
-            "exist."
-        )
-    mean, n = float(values.mean()), values.size
-    if n == 1:
-        return Mean(mean, np.nan, np.nan, np.nan, n)
-    error = float(values.std(ddof=1) / np.sqrt(n))
-    half = float(student_t.ppf((1 + level) / 2, n - 1)) * error
-    return Mean(mean, error, mean - half, mean + half, n)
+def equivalences(family: Sequence[Comparison], margin: float) -> list[Equivalence]:
+    """Whether the true difference lies within ±``margin``, for the comparisons of one family (Holm).
+
+    equivalent: two one-sided tests refute both that it is ``margin`` or more and that it is −``margin`` or less
+    (Schuirmann, J. Pharmacokinetics and Biopharmaceutics 15, 1987); the larger of their p-values counts.
+    different: it is shown to lie beyond the margin, by the smaller of the two opposite tests, doubled for having a choice.
+    not shown: neither, also where a side has one run.
+    """
+    within = holm([max(one.p_below(margin), one.p_above(-margin)) for one in family])
+    beyond = holm([min(1.0, 2 * min(one.p_above(margin), one.p_below(-margin))) for one in family])
+    found = []
+    for one, p, p_different in zip(family, within, beyond, strict=True):
+        verdict = "equivalent" if p <= ALPHA else "different" if p_different <= ALPHA else "not shown"
+        known = np.isfinite(one.seed_standard_error)
+        found.append(Equivalence(verdict if known else "not shown", float(p), float(p_different)))
+    return found
 
 
 def per_source(documents: pd.DataFrame, split: str) -> pd.DataFrame:

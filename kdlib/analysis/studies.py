@@ -4,14 +4,14 @@ A *cell* is one such student, by the name that the profile gives it; its runs di
 chosen by validation text, and told about by test text.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
-from kdlib.analysis import comparison, grids
+from kdlib.analysis import comparison, grids, statistics
 from kdlib.errors import KdlibError
 from kdlib.study import store
 
@@ -163,10 +163,10 @@ def against(table: pd.DataFrame, reference: str) -> list[tuple[str, str]]:
     return [(cell, reference) for cell in table.cell.unique() if cell != reference]
 
 
-def differences(
-    table: pd.DataFrame, pairs: Sequence[tuple[str, str]], resamples: int, name: str = "student with {}"
-) -> pd.DataFrame:
-    """Pairs of cells as one family (Holm), see :func:`kdlib.analysis.comparison.differences`; columns a and b hold the cells.
+def differences(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], name: str = "student with {}") -> pd.DataFrame:
+    """Pairs of cells, see :func:`kdlib.analysis.comparison.differences`; columns a and b hold the cells.
+
+    Cells are paired seed by seed, and all that ``table`` holds tell how much seeds vary, those that are not compared too.
 
     Args:
         name: what its sentences call the student of a cell.
@@ -174,13 +174,48 @@ def differences(
     Raises:
         KdlibError: there is nothing to compare.
     """
+    cells = _cells(table)
+    told = comparison.differences(_pairs(cells, pairs, name), _aligned(cells))
+    named = {name.format(cell): cell for cell in cells}
+    return told.assign(a=told.a.map(named), b=told.b.map(named))
+
+
+def equivalences(table: pd.DataFrame, reference: str, margins: Mapping[str, float]) -> pd.DataFrame:
+    """Whether every other cell is within a margin of ``reference`` on test text, a row per measure and cell.
+
+    Columns: a, b, measure, margin, difference, low, high, and of :func:`kdlib.analysis.statistics.equivalences` verdict, p_value and
+    p_different; each measure is a family (Holm).
+
+    Args:
+        margins: measure (``nll`` in nats per token, ``ece`` debiased): how far apart is still the same.
+
+    Raises:
+        KdlibError: there is nothing to compare.
+    """
+    cells, rows = _cells(table), []
+    pairs = _pairs(cells, against(table, reference), "{}")
+    for measure, margin in margins.items():
+        family = comparison.compare(pairs, "test", measure, _aligned(cells))
+        for pair, found, told in zip(pairs, family, statistics.equivalences(family, margin), strict=True):
+            row = {"a": pair.a, "b": pair.b, "measure": measure, "margin": margin}
+            row |= {name: getattr(found, name) for name in ("difference", "low", "high")}
+            rows.append(row | {"verdict": told.verdict, "p_value": told.p_value, "p_different": told.p_different})
+    return pd.DataFrame(rows)
+
+
+def _cells(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    return {cell: group.sort_values("seed") for cell, group in table.groupby("cell", sort=False)}
+
+
+def _aligned(cells: dict[str, pd.DataFrame]) -> list[list[store.Run]]:
+    # The runs of every cell, seed by seed; a grid has the same seeds in all of them.
+    first = next(iter(cells.values()), None)
+    return [list(group.run) for group in cells.values() if list(group.seed) == list(first.seed)]
+
+
+def _pairs(cells: dict[str, pd.DataFrame], pairs: Sequence[tuple[str, str]], name: str) -> list[comparison.Pair]:
     if not pairs:
-        raise KdlibError(
-            f"A study compares two cells or more; its grid holds {', '.join(table.cell.unique())}. Name a further one "
-            "in the profile."
-        )
-    found = {cell: list(group.run) for cell, group in table.groupby("cell", sort=False)}
-    family = [comparison.Pair(name.format(a), name.format(b), found[a], found[b], paired=False) for a, b in pairs]
-    told = comparison.differences(family, resamples)
-    cells = {name.format(cell): cell for cell in found}
-    return told.assign(a=told.a.map(cells), b=told.b.map(cells))
+        raise KdlibError(f"A study compares two cells or more; its grid holds {', '.join(cells)}. Name a further one in the profile.")
+    seeds = {cell: list(group.seed) for cell, group in cells.items()}
+    runs = {cell: list(group.run) for cell, group in cells.items()}
+    return [comparison.Pair(name.format(a), name.format(b), runs[a], runs[b], seeds[a] == seeds[b]) for a, b in pairs]

@@ -35,6 +35,7 @@ class Entry:
         repeat: number of the independent repeat, which sets its seeds.
         step: the run.
         objective: of what trained it, or its members: ce, kd, online_kd or untrained; None for a teacher.
+        formed: how members of an ensemble were formed: a module of :mod:`kdlib.methods`.
         pool: of an ensemble.
         members: of an ensemble, in the order in which they were formed.
     """
@@ -44,12 +45,13 @@ class Entry:
     repeat: int
     step: Step
     objective: str | None = None
+    formed: str | None = None
     pool: str | None = None
     members: tuple[Step, ...] = ()
 
     def record(self) -> dict[str, Any]:
         """The entry as ``plan.json`` keeps it."""
-        told = {name: getattr(self, name) for name in ("method", "role", "repeat", "objective", "pool")}
+        told = {name: getattr(self, name) for name in ("method", "role", "repeat", "objective", "formed", "pool")}
         return told | {"run": self.step.id, "members": [one.id for one in self.members]}
 
 
@@ -92,7 +94,7 @@ def _ensembles(
             label = f"{name} {repeat}, {pool} pool"
             step = plan.step(parameters("05_ensemble", plan.profile, **asked), label)
             shown = name if objective == UNTRAINED else f"{name} ({pool} pool)"
-            found.append(Entry(shown, "ensemble", repeat, step, objective, pool, members))
+            found.append(Entry(shown, "ensemble", repeat, step, objective, method, pool, members))
     return found
 
 

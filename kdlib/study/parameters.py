@@ -75,8 +75,6 @@ class TrainingParameters(Parameters):
 class AnalysisParameters(Parameters):
     """``10`` and up: read the profile's results, write a table and a figure."""
 
-    resamples: int = Field(ge=100, le=1_000_000, description="bootstrap resamples")
-
 
 class GridParameters(AnalysisParameters):
     """``21_grid``: one of the profile's grids of students."""

@@ -103,7 +103,6 @@ class Profile(BaseModel):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     description: str
-    analysis: AnalysisParameters
     study: Study
     sources: dict[str, Any] = Field(
         {}, description="sources of this profile alone, written as in sources.yaml; a relative path starts at the profile's file"
@@ -184,7 +183,7 @@ def _loaded(name: str, path: Path, modified: int) -> Profile:
         raise KdlibError(f"Profile {path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise KdlibError(f"Profile {path} must hold a mapping of the sections {', '.join(profile_model().model_fields)}.")
-    for section in (*kinds(), "analysis"):
+    for section in kinds():
         if isinstance(values.get(section), dict):
             values[section] = {"profile": name, **values[section]}
     for source in (values.get("sources") or {}).values():
