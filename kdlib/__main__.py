@@ -13,6 +13,7 @@ Exit status: 0 done; 1 a notebook failed; 2 the input was wrong; 130, 143 stoppe
 """
 
 import argparse
+import io
 import signal
 import sys
 from pathlib import Path
@@ -22,6 +23,9 @@ from kdlib.errors import KdlibError
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that has no β is told of its code
     options = _parser().parse_args(arguments)
     try:
         return options.command(options) or 0

@@ -1,5 +1,6 @@
 """What several test modules share."""
 
+import gc
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +11,7 @@ import synthetic_results
 from nbclient import NotebookClient
 
 from kdlib.analysis import outputs
+from kdlib.data import sources
 from kdlib.study import profiles
 from kdlib.study.profiles import REPOSITORY
 
@@ -23,6 +25,28 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def _tiny(tmp_path_factory):
+    import tiny_study  # which imports torch
+
+    home = tmp_path_factory.mktemp("tiny")
+    return home, *tiny_study.write(home)
+
+
+@pytest.fixture(scope="module")
+def profile(_tiny):
+    """Path of a profile like smoke: one domain of few words, which is easy, and one of many. What is made stays."""
+    home, path, domains = _tiny
+    catalogue = sources.catalogue() | domains
+    # Every run collects garbage, and would walk all that the libraries brought along each time.
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDLIB_HOME", str(home))
+        patch.setattr(sources, "catalogue", lambda: catalogue)
+        yield path
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,11 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from kdlib.analysis.statistics import pool_target_logprobs
-from kdlib.data.corpus import Split, pack
+from kdlib.data.corpus import Split, pack, predicting_positions
 from kdlib.ensemble.model import EnsembleForCausalLM
 from kdlib.errors import KdlibError
 from kdlib.evaluation import metrics as evaluation
-from kdlib.evaluation.metrics import ece, evaluate, fit_temperature, hidden_states, predicting_positions
+from kdlib.evaluation.metrics import ece, evaluate, fit_temperature, hidden_states, position_scores
 
 VOCABULARY, BLOCK = 67, 16
 
@@ -293,6 +293,62 @@ def test_hidden_states_lie_in_split_order_whatever_the_order_of_the_rows():
     assert torch.allclose(functional.log_softmax(logits, -1), window_log_probs(one, data), atol=1e-4)
 
 
+def ensemble(pool, temperature=1.0):
+    members = [model(0), model(1, hidden_size=24), model(2, "gpt2")]
+    for one in members:
+        one.config.bos_token_id = one.config.eos_token_id = one.config.pad_token_id = 0
+    return EnsembleForCausalLM.from_members(members, pool, temperature)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize(
+    "scorer",
+    [
+        lambda: model(0),
+        lambda: model(0, "gpt2"),
+        lambda: ensemble("probability"),
+        lambda: ensemble("logit"),
+        lambda: ensemble("logit", 1.7),
+    ],
+    ids=["llama", "gpt2", "probability", "logit", "calibrated"],
+)
+def test_scores_of_positions_are_those_of_dense_log_probabilities(monkeypatch, scorer, batch_size):
+    one, data = scorer(), split("test", 3)
+    log_p, targets = window_log_probs(one, data).double(), targets_of(data)
+    # Chunks that end within a document.
+    monkeypatch.setattr(evaluation, "CHUNK", 7 * VOCABULARY * len(getattr(one, "members", [one])))
+    nll = position_scores(one, data, BLOCK, "nll", batch_size)
+    entropy = position_scores(one, data, BLOCK, "entropy", batch_size)
+    assert nll.dtype == entropy.dtype == np.float32 and len(nll) == len(entropy) == len(predicting_positions(data))
+    assert np.allclose(nll, -log_p[torch.arange(len(targets)), targets], rtol=1e-4, atol=1e-5)
+    assert np.allclose(entropy, torch.special.entr(log_p.exp()).sum(-1), rtol=1e-4, atol=1e-5)
+    assert entropy.min() >= 0 and entropy.max() <= math.log(VOCABULARY) + 1e-5
+
+
+def test_scores_by_document_add_up_to_those_of_an_evaluation():
+    one, data = model(0), split("test", 3)
+    table = evaluate(one, {"test": data}, BLOCK, temperature=1.0).documents
+    document = np.repeat(np.arange(len(table)), table.tokens)
+    found = np.bincount(document, position_scores(one, data, BLOCK, "nll"))
+    assert np.allclose(found, table.nll, rtol=1e-5)
+
+
+def test_scores_are_those_without_dropout_and_every_module_gets_its_mode_back():
+    data, one = split("test", 3), model(0, attention_dropout=0.5)
+    expected = position_scores(one, data, BLOCK, "entropy")
+    one.train()
+    one.model.layers[0].eval()
+    flags = [module.training for module in one.modules()]
+    assert np.array_equal(position_scores(one, data, BLOCK, "entropy"), expected)
+    assert [module.training for module in one.modules()] == flags
+
+
+def test_scores_in_bfloat16_agree_to_its_rounding():
+    data, one = split("test", 3), model(0)
+    exact, rounded = (position_scores(one, data, BLOCK, "nll", autocast=dtype) for dtype in (None, torch.bfloat16))
+    assert rounded.mean() == pytest.approx(exact.mean(), rel=0.02) and not np.array_equal(exact, rounded)
+
+
 def test_bfloat16_autocast_agrees_to_its_rounding_and_leaves_the_weights_alone():
     data, one = splits("calibration", "test"), model(0)
     exact = evaluate(one, data, BLOCK).metrics["evaluation"]["test"]["nll"]
@@ -377,6 +433,8 @@ def diverged():
         (lambda: evaluate(diverged(), splits("calibration"), BLOCK), "diverged"),
         (lambda: evaluate(diverged(), splits("test"), BLOCK, temperature=1.0), "split 'test'.*diverged"),
         (lambda: hidden_states(model(0), split("test", 0), np.full((1, BLOCK), -1), 4), "exactly once; they hold 0"),
+        (lambda: position_scores(model(0), empty(), BLOCK, "nll"), "'empty' is empty"),
+        (lambda: position_scores(model(0, vocab_size=60), split("test", 0), BLOCK, "nll"), "knows 60 tokens"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(call, message):

@@ -1,92 +1,34 @@
 """Every setting of a student as the producers carry it out, on a study of two tiny domains made in seconds."""
 
-import gc
-import json
-import random
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-import yaml
-from safetensors.torch import load_file
 from test_training import Interrupt, distance, same, weights
 from tiny import BLOCK, dense_log_probs, make_model, make_split, predicting
+from tiny_study import BLOCK_LENGTH, TEACHER, log, make, saved, step, train_split
 
 from kdlib import models
 from kdlib.cache import export_cache
-from kdlib.data import sources
+from kdlib.data import text
 from kdlib.data.corpus import load_split, pack
-from kdlib.data.sources import PathSource
 from kdlib.errors import KdlibError
 from kdlib.evaluation import fidelity
 from kdlib.losses.divergences import DIVERGENCES
 from kdlib.losses.features import FeatureLoss
 from kdlib.models import initialisation
-from kdlib.runs import producers
-from kdlib.study import parameters, plan, profiles
-from kdlib.study.schedules import Stage
+from kdlib.runs import artefacts
+from kdlib.runs import student as producer
+from kdlib.runs.make import make as make_run
+from kdlib.study import divergences, plan, profiles
+from kdlib.study.schedules import Schedule, Stage
 from kdlib.training import DistillationTrainer, discard_checkpoints, read_log, steps, train_model
+from kdlib.training.objective import FeatureTerm, Objective
 
-TEACHER = {"layers": 2, "hidden_size": 32, "heads": 2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _imports_are_no_garbage():
-    # Every run collects garbage, and would walk all that the libraries brought along each time.
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-def jsonl(folder, name, words, count=250):
-    """A domain of documents of 60 words each, drawn from ``words``."""
-    texts = (" ".join(random.Random(f"{name} {number}").choices(words, k=60)) for number in range(count))
-    (folder / name).mkdir()
-    (folder / name / "all.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    return PathSource(path=folder / name, members=("*.jsonl",), reader="text", licence="none")
-
-
-@pytest.fixture(scope="module")
-def profile(tmp_path_factory):
-    """Path of a profile like smoke: one domain of few words, which is easy, and one of many."""
-    home = tmp_path_factory.mktemp("home")
-    words = ["".join(random.Random(number).choices("abcdefghijklmnopqrstuvwxyz", k=5)) for number in range(40)]
-    domains = {name: jsonl(home, name, words[:size]) for name, size in (("few", 8), ("many", 40), ("other", 20))}
-    catalogue = sources.catalogue() | domains
-    values = yaml.safe_load((profiles.REPOSITORY / "profiles" / "smoke.yaml").read_text()) | {"name": "tiny"}
-    shares = {"domains": {"few": 0.5, "many": 0.5}, "ood": "other"}
-    sizes = {"train_tokens": 4000, "heldout_tokens": 300, "block_length": 32, "vocabulary_size": 300}
-    values["corpus"] |= shares | sizes
-    values["teacher"] |= TEACHER | {"epochs": 16}
-    values["student"] |= {"epochs": 1}
-    (home / "tiny.yaml").write_text(yaml.safe_dump(values))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KDLIB_HOME", str(home))
-        patch.setattr(sources, "catalogue", lambda: catalogue)
-        plan._identity.cache_clear()
-        yield str(home / "tiny.yaml")
-    plan._identity.cache_clear()
-
-
-def step(profile, notebook="04_student", **changes):
-    return plan.step(profiles.parameters(notebook, profile, **changes))
-
-
-def make(profile, notebook="04_student", **changes):
-    return make_run(step(profile, notebook, **changes))
-
-
-def saved(run):
-    return load_file(run.path / "model" / "model.safetensors")
-
-
-def log(run):
-    return [row for row in read_log(run.path / "log.csv") if row["loss"]]
-
-
-def train_split(profile):
-    return load_split(make(profile, "01_corpus").path / "data", "train")
+# A student without a teacher, as the scorer of others' text.
+PLAIN = {"student": {"objective": "ce", "seed": 1}}
 
 
 # Targets
@@ -95,7 +37,7 @@ def train_split(profile):
 def test_a_student_learns_from_targets_that_another_tool_wrote(profile, tmp_path):
     train, cells = train_split(profile), {"kind": "topk", "top_k": 4}
     own = step(profile, targets=cells).inputs["targets"]
-    cache = producers.open_targets({"corpus": make(profile, "01_corpus"), "targets": make_run(own)}, train, 1.0)
+    cache = artefacts.open_targets(make_run(own), make(profile, "01_corpus"), train, 1.0)
     export_cache(cache, train, tmp_path / "targets.h5")
     taken = cells | {"source": str(tmp_path / "targets.h5")}
     student, alike = make(profile, targets=taken), make(profile, targets=cells)
@@ -144,11 +86,11 @@ def test_dense_targets_serve_every_temperature_and_loss(profile):
     }
     assert inputs == {step(profile, "03_targets", kind="dense").id}
     options = {"group": 16, "iterations": 5}
-    run = make(profile, temperature=2.0, divergence="sinkhorn", divergence_options=options, kd_weight=0.5, **dense)
+    run = make(profile, temperature=2.0, divergence={"sinkhorn": options}, kd_weight=0.5, **dense)
     assert all(0 < float(row["kd"]) <= 2 for row in log(run))
     # Before the first step nothing has been learnt, so that the losses differ in what they measure alone.
     first = [
-        float(log(make(profile, temperature=2.0, divergence="jsd", divergence_options=options, **dense))[0]["kd"])
+        float(log(make(profile, temperature=2.0, divergence={"jsd": options}, **dense))[0]["kd"])
         for options in ({"beta": 0.01}, {})
     ]
     # JSD tends to beta times KL, which is more than the largest JSD of all where beta is a half.
@@ -160,14 +102,14 @@ def test_dense_targets_serve_every_temperature_and_loss(profile):
 
 def test_a_student_follows_the_schedules_it_is_given(profile):
     schedules = {
-        "kd_weight_schedule": {"shape": "linear", "start": 1.0, "end": 0.0},
-        "temperature_schedule": {"shape": "step", "start": 3.0, "end": 1.0, "at": 0.5},
+        "kd_weight": {"shape": "linear", "start": 1.0, "end": 0.0},
+        "temperature": {"shape": "step", "start": 3.0, "end": 1.0, "at": 0.5},
     }
     rows = log(make(profile, objective="online_kd", **schedules))
     last = len(rows) - 1
     assert [float(row["kd_weight"]) for row in rows] == pytest.approx([1 - k / last for k in range(last + 1)], abs=1e-5)
     assert [row["temperature"] for row in rows] == ["3" if k / last < 0.5 else "1" for k in range(last + 1)]
-    cached = log(make(profile, kd_weight_schedule=schedules["kd_weight_schedule"]))
+    cached = log(make(profile, kd_weight=schedules["kd_weight"]))
     assert [row["kd_weight"] for row in cached] == [row["kd_weight"] for row in rows]
 
 
@@ -245,18 +187,30 @@ def test_noise_is_added_to_the_matrices_at_the_start(profile):
 def test_students_read_the_text_they_are_given(profile):
     train = train_split(profile)
     options = {"objective": "ce", "epochs": 4, "batch_size": 4}
-    runs = {text: make(profile, text=text, **options) for text in ("real", "uniform", "unigram", "teacher")}
+    texts = {name: name for name in ("corpus", "uniform", "unigram")} | {"generated": {"generated": {}}}
+    runs = {name: make(profile, text=text, **options) for name, text in texts.items()}
     losses = {}
-    for text, run in runs.items():
-        losses[text] = run.metrics["evaluation"]["test"]["nll"]
+    for name, run in runs.items():
+        losses[name] = run.metrics["evaluation"]["test"]["nll"]
         # All that leaves out tokens is the last, partial batch of an epoch.
         assert 0.9 < run.metrics["training"]["tokens"] / (4 * train.documents.tokens.sum()) < 1.001
-    assert losses["real"] < losses["teacher"] < losses["unigram"] < losses["uniform"]
+    assert losses["corpus"] < losses["generated"] < losses["unigram"] < losses["uniform"]
     # There is nothing to learn in independent, equally likely tokens.
     assert losses["uniform"] == pytest.approx(np.log(300), rel=0.2)
-    assert {text: sorted(run.settings["inputs"]) for text, run in runs.items()} == {
-        "real": ["corpus"], "uniform": ["corpus"], "unigram": ["corpus"], "teacher": ["corpus", "teacher"]
+    assert {name: sorted(run.settings["inputs"]) for name, run in runs.items()} == {
+        "corpus": ["corpus"], "uniform": ["corpus"], "unigram": ["corpus"], "generated": ["corpus", "writer"]
     }  # fmt: skip
+    assert runs["generated"].settings["inputs"]["writer"] == make(profile, "02_teacher").id
+
+
+def test_text_may_be_written_by_any_run(profile):
+    options = {"objective": "ce", "epochs": 4, "batch_size": 4}
+    bad = make(profile, text={"generated": {"by": {"student": {"objective": "ce", "epochs": 0}}}}, **options)
+    good = make(profile, text={"generated": {"by": PLAIN, "temperature": 0.5}}, **options)
+    assert good.settings["inputs"]["writer"] == make(profile, **PLAIN["student"]).id
+    nll = [run.metrics["evaluation"]["test"]["nll"] for run in (good, bad)]
+    # What an untrained model writes is near to random tokens.
+    assert nll[0] < nll[1] - 0.1
 
 
 def test_random_text_can_be_distilled_on_with_the_teacher_in_the_loop(profile):
@@ -273,39 +227,38 @@ def mean_by_document(split, values):
     return pd.Series(values[used]).groupby(split.documents.document.to_numpy()[owner]).mean()
 
 
-def kept_documents(profile, **changes):
-    """What a student that selects reads: ids, weights, and the split."""
-    one = step(profile, **changes)
+def taken(profile, **changes):
+    """What a student reads: documents, weights, and the split they are of."""
+    one, corpus = step(profile, **changes), make(profile, "01_corpus")
     inputs = {name: make_run(upstream) for name, upstream in one.inputs.items()}
-    train = train_split(profile)
-    targets = None
-    if "targets" in inputs:
-        targets = producers.open_targets(inputs, train, one.parameters.temperature)
-    split, kept, weights, _ = producers._text(one, inputs, train, None, targets, 32)
-    assert split is train
-    return kept, weights, train
+    train, tokenizer = train_split(profile), artefacts.load_tokenizer(corpus)
+    given = text.Given(train, tokenizer, BLOCK_LENGTH, one.parameters.seed, inputs, artefacts.load_model)
+    found = text.way(one.parameters.text).take(given)
+    assert found.split is train
+    return found.documents, found.weights, train
 
 
 @pytest.mark.parametrize(
-    ("by", "mode", "objective"),
-    [("teacher_entropy", "highest", "ce"), ("teacher_nll", "lowest", "kd"), ("student_nll", "lowest", "kd")],
+    ("by", "measure", "mode", "objective"),
+    [(None, "entropy", "highest", "ce"), (None, "nll", "lowest", "kd"), (PLAIN, "nll", "lowest", "kd")],
 )
-def test_a_selection_keeps_its_share_of_the_tokens_in_the_order_of_the_scores(profile, by, mode, objective):
-    changes = {"objective": objective, "selection": {"by": by, "mode": mode, "share": 0.4}, "batch_size": 1}
-    kept, weights, train = kept_documents(profile, **changes)
+def test_a_selection_keeps_its_share_of_the_tokens_in_the_order_of_the_scores(profile, by, measure, mode, objective):
+    selected = {"by": by, "measure": measure, "mode": mode, "share": 0.4}
+    changes = {"objective": objective, "text": {"selected": selected}, "batch_size": 1}
+    kept, weights, train = taken(profile, **changes)
     assert weights is None
     # The scores anew, from all of the logits.
-    scorer = make(profile, "02_teacher") if by.startswith("teacher") else make(profile, objective="ce", seed=1)
+    scorer = make(profile, "02_teacher") if by is None else make(profile, **PLAIN["student"])
     model = artefacts.load_model(scorer)
-    log_p = dense_log_probs(model, train, block_length=32)
+    log_p = dense_log_probs(model, train, block_length=BLOCK_LENGTH)
     values = -torch.where(log_p.isneginf(), 0, log_p.exp() * log_p).sum(1).numpy()
-    if by != "teacher_entropy":
+    if measure == "nll":
         used = predicting(train)
         values[used] = -log_p[used, train.tokens[used + 1].astype(np.int64)].numpy()
     scores = mean_by_document(train, values)
     inside, outside = scores[kept], scores.drop(kept)
     # The cache rounds each nat to a byte, so neighbours in rank may change places.
-    slack = 0.0 if by == "student_nll" else 0.02
+    slack = 0.02 if by is None else 0.0
     assert (inside.min() + slack > outside.max()) if mode == "highest" else (inside.max() - slack < outside.min())
     sizes = train.documents.set_index("document").tokens
     assert abs(sizes[kept].sum() - 0.4 * sizes.sum()) <= sizes.max() / 2 + 1
@@ -315,9 +268,9 @@ def test_a_selection_keeps_its_share_of_the_tokens_in_the_order_of_the_scores(pr
 
 
 def test_a_mix_of_domains_keeps_its_share_of_each_and_needs_no_score(profile):
-    selection = {"mode": "random", "share": 0.4, "domains": {"few": 1.0, "many": 3.0}}
-    changes = {"objective": "ce", "selection": selection, "batch_size": 1}
-    kept, weights, train = kept_documents(profile, **changes)
+    selected = {"mode": "random", "share": 0.4, "domains": {"few": 1.0, "many": 3.0}}
+    changes = {"objective": "ce", "text": {"selected": selected}, "batch_size": 1}
+    kept, weights, train = taken(profile, **changes)
     assert weights is None
     table = train.documents[train.documents.document.isin(kept)]
     total, longest = train.documents.tokens.sum(), train.documents.tokens.max()
@@ -326,46 +279,40 @@ def test_a_mix_of_domains_keeps_its_share_of_each_and_needs_no_score(profile):
     run = make(profile, **changes)
     assert run.metrics["training"]["tokens"] == table.tokens.sum()
     assert run.settings["inputs"].keys() == {"corpus"}
-    only = {"selection": selection | {"domains": {"few": 1.0}}}
+    only = {"text": {"selected": selected | {"domains": {"few": 1.0}}}}
     one, other = (one.metrics["domains"]["test"] for one in (run, make(profile, **changes | only)))
     assert one["many"]["nll"] < other["many"]["nll"] and one["few"]["nll"] > other["few"]["nll"]
 
 
-@pytest.mark.parametrize(
-    ("domains", "message"),
-    [
-        ({"few": 1.0, "other": 1.0}, "names the domains other, which the corpus does not train on; expected some of few, many"),
-        ({"few": 1.0}, "of the domain 'few', and there are [0-9]+"),
-    ],
-)
-def test_a_mix_of_text_that_the_corpus_lacks_is_refused_before_anything_is_scored(
-    profile, domains, message, monkeypatch
-):
-    monkeypatch.setattr(producers, "_scores", None)
-    selection = {"by": "student_nll", "mode": "highest", "share": 0.9, "domains": domains}
-    with pytest.raises(KdlibError, match=message):
-        make(profile, objective="ce", selection=selection)
+def test_a_mix_of_text_that_the_corpus_lacks_is_refused(profile):
+    selected = {"by": PLAIN, "measure": "nll", "mode": "highest", "share": 0.9}
+    with pytest.raises(KdlibError, match="domains of a selection must be among few, many, got other"):
+        step(profile, objective="ce", text={"selected": selected | {"domains": {"few": 1.0, "other": 1.0}}})
+    one = step(profile, objective="ce", text={"selected": selected | {"domains": {"few": 1.0}}})
+    with pytest.raises(KdlibError, match="of the domain 'few', and there are [0-9]+"):
+        make_run(one)
+    assert not list(Path(profile).parent.rglob(f"{one.id}/log.csv")), "nothing was trained"
 
 
 @pytest.mark.parametrize(
-    ("by", "objective"), [("student_nll", "ce"), ("teacher_nll", "kd"), ("student_nll", "online_kd")]
+    ("by", "objective"), [(PLAIN, "ce"), (None, "kd"), (PLAIN, "online_kd")]
 )
 def test_a_weighted_student_reads_all_of_the_text_and_learns_most_of_what_scores_high(profile, by, objective):
     temperature = 0.25
     changes = {"objective": objective, "epochs": 4, "batch_size": 4}
-    selection = {"by": by, "mode": "weighted", "temperature": temperature}
-    kept, found, train = kept_documents(profile, **changes, selection=selection)
+    weighted = {"selected": {"by": by, "measure": "nll", "mode": "weighted", "temperature": temperature}}
+    kept, found, train = taken(profile, **changes, text=weighted)
     assert kept is None and len(found) == len(train.tokens)
-    scorer = make(profile, "02_teacher") if by == "teacher_nll" else make(profile, objective="ce", seed=1)
-    log_p, used = dense_log_probs(artefacts.load_model(scorer), train, block_length=32), predicting(train)
+    scorer = make(profile, "02_teacher") if by is None else make(profile, **PLAIN["student"])
+    log_p, used = dense_log_probs(artefacts.load_model(scorer), train, block_length=BLOCK_LENGTH), predicting(train)
     values = np.zeros(len(train.tokens))
     values[used] = -log_p[used, train.tokens[used + 1].astype(np.int64)].numpy()
     scores, own = mean_by_document(train, values), mean_by_document(train, found)
     assert found[used].mean() == pytest.approx(1, abs=1e-12)
     # The cache rounds each nat to a byte.
-    slack = 1e-3 if by == "student_nll" else 0.05
+    slack = 0.05 if by is None else 1e-3
     assert np.ptp(temperature * np.log(own) - scores) < slack < 0.1 * np.ptp(scores)
-    run, plain = make(profile, **changes, selection=selection), make(profile, **changes)
+    run, plain = make(profile, **changes, text=weighted), make(profile, **changes)
     assert run.metrics["training"]["tokens"] == plain.metrics["training"]["tokens"]
     one, other = (student.metrics["domains"]["test"] for student in (run, plain))
     assert one["many"]["nll"] < other["many"]["nll"] and one["few"]["nll"] > other["few"]["nll"]
@@ -375,9 +322,9 @@ def test_a_weighted_student_reads_all_of_the_text_and_learns_most_of_what_scores
 
 
 def test_a_student_with_projectors_is_saved_without_them(profile):
-    feature = {"feature": "hidden_mse", "layer_map": "uniform_consecutive", "feature_weight": 2.0, "balance": "project"}
+    features = {"of": "hidden_mse", "layers": "uniform_consecutive", "weight": 2.0, "balance": "project"}
     shape = {"objective": "online_kd", "hidden_size": 16}
-    run, plain = make(profile, **shape, **feature), make(profile, **shape)
+    run, plain = make(profile, **shape, features=features), make(profile, **shape)
     assert saved(run).keys() == saved(plain).keys() and not same(saved(run), saved(plain))
     assert run.metrics["parameters"] == plain.metrics["parameters"]
     # The projectors' products, and the second backward pass that balancing takes.
@@ -387,9 +334,9 @@ def test_a_student_with_projectors_is_saved_without_them(profile):
         assert float(row["loss"]) == pytest.approx(mixed, rel=1e-5)
     assert not any(row["feature"] for row in log(plain))
     # A loss that drowns the main one, and rules that let it less and less.
-    heavy = feature | {"feature_weight": 300.0}
+    heavy = features | {"weight": 300.0}
     none, project, norm = (
-        saved(make(profile, **shape, **heavy | {"balance": name})) for name in ("none", "project", "norm")
+        saved(make(profile, **shape, features=heavy | {"balance": name})) for name in ("none", "project", "norm")
     )
     moved = distance(none, saved(make(profile, epochs=0, **shape)))
     assert min(distance(none, project), distance(none, norm), distance(project, norm)) > 0.01 * moved
@@ -397,23 +344,24 @@ def test_a_student_with_projectors_is_saved_without_them(profile):
 
 
 @pytest.mark.parametrize(
-    ("changes", "pairs", "compared"),
+    ("features", "pairs", "compared"),
     [
-        ({"feature": "hidden_mse", "layer_map": "last"}, [(2, (4,))], ("hidden",)),
-        ({"feature": "hidden_cosine"}, [(1, (1, 2)), (2, (3, 4))], ("hidden",)),
-        ({"feature": "attention_mse", "layer_map": "last_k", "last_k": 1}, [(2, (4,))], ("attention",)),
-        (
-            {"feature": "relation", "layer_map": "uniform_last", "relations": ["value"]},
-            [(1, (2, 4)), (2, (4,))],
-            ("value",),
-        ),
+        ({"of": "hidden_mse", "layers": "last"}, [(2, (4,))], ("hidden",)),
+        ({"of": "hidden_cosine"}, [(1, (1, 2)), (2, (3, 4))], ("hidden",)),
+        ({"of": "attention_mse", "layers": "last_k", "last_k": 1}, [(2, (4,))], ("attention",)),
+        ({"of": "relation", "layers": "uniform_last", "relations": ["value"]}, [(1, (2, 4)), (2, (4,))], ("value",)),
     ],
 )
-def test_a_feature_loss_is_that_of_the_settings(changes, pairs, compared):
-    values = profiles.parameters("04_student", "smoke", objective="online_kd", **changes)
-    found = producers._features(values, make_model(0, layers=2), make_model(1, layers=4))
-    assert (found.objective, found.pairs, found.features) == (values.feature, pairs, compared)
-    assert producers._features(profiles.parameters("04_student", "smoke"), None, None) is None
+def test_a_feature_loss_is_that_of_the_settings(features, pairs, compared):
+    settings = features | {"weight": 3.0, "balance": "norm"}
+    values = profiles.parameters("04_student", "smoke", objective="online_kd", features=settings)
+    teacher = make_model(1, layers=4)
+    found = producer._objective(values, {}, None, make_model(0, layers=2), teacher)
+    assert found.teacher is teacher and (found.features.weight, found.features.balance) == (3.0, "norm")
+    loss = found.features.loss
+    assert (loss.objective, loss.pairs, loss.features) == (features["on"], pairs, compared)
+    plain = profiles.parameters("04_student", "smoke", objective="online_kd")
+    assert producer._objective(plain, {}, None, make_model(0, layers=2), teacher).features is None
 
 
 def test_students_whose_attention_maps_are_compared_compute_them(profile, monkeypatch):
@@ -424,8 +372,8 @@ def test_students_whose_attention_maps_are_compared_compute_them(profile, monkey
         return build(*arguments)
 
     monkeypatch.setattr(models, "build", watched)
-    make(profile, objective="online_kd", feature="attention_mse", layer_map="last", seed=5)
-    make(profile, objective="online_kd", feature="relation", layer_map="last", seed=5)
+    make(profile, objective="online_kd", features={"of": "attention_mse", "layers": "last"}, seed=5)
+    make(profile, objective="online_kd", features={"of": "relation", "layers": "last"}, seed=5)
     # With CUDA the default is an attention that never forms its maps.
     assert built == ["eager", None]
 
@@ -463,7 +411,7 @@ def test_the_kl_of_a_fidelity_run_is_that_of_all_logits(profile):
     found = make(profile, "06_fidelity", student=student, tokens=100_000).metrics
     test = load_split(make(profile, "01_corpus").path / "data", "test")
     teacher, model = (artefacts.load_model(run) for run in (make(profile, "02_teacher"), make(profile, **student)))
-    log_t, log_s = (dense_log_probs(one, test, block_length=32)[predicting(test)] for one in (teacher, model))
+    log_t, log_s = (dense_log_probs(one, test, block_length=BLOCK_LENGTH)[predicting(test)] for one in (teacher, model))
     assert found["teacher_kl"] == pytest.approx((log_t.exp() * (log_t - log_s)).sum(1).mean().item(), rel=1e-4)
 
 
@@ -495,18 +443,19 @@ def train_in_stages(folder, monkeypatch, stages=MLP_FIRST, stop=None, changes=No
     """A run of stages: its metrics, its weights, and what :class:`Staged` kept."""
     kind = type("Kept", (Staged,), {"made": [], "began": [], "ended": [], "stop": stop})
     monkeypatch.setattr("kdlib.training.stages.DistillationTrainer", kind)
-    data = {"train": make_split(documents=20), "validation": make_split("validation", seed=1, documents=4)}
+    train, validation = make_split(documents=20), make_split("validation", seed=1, documents=4)
     values = profiles.parameters("04_student", "smoke", **VALUES | (changes or {}))
-    model, options = make_model(0), {}
+    model, objective = make_model(0), None
     if features:
         torch.manual_seed(1)
         config = make_model(1).config
         config.hidden_size, config.head_dim = 48, 24
         teacher = type(model)(config)
         teacher.set_attn_implementation("eager")
-        options = {"teacher": teacher, "features": FeatureLoss(model, teacher, "hidden_mse")}
+        objective = Objective([FeatureTerm(FeatureLoss(model, teacher, "hidden_mse"))], teacher)
     folder.mkdir(exist_ok=True)
-    metrics = train_model(model, values, data, BLOCK, folder, stages=stages, **options)
+    read = text.TrainingText(train)
+    metrics = train_model(model, values, read, validation, BLOCK, folder, objective=objective, stages=stages)
     return metrics, weights(model), kind
 
 
@@ -579,9 +528,9 @@ def test_a_run_stopped_in_any_stage_ends_with_the_weights_and_log_of_one_that_wa
     ]
     assert logs[0] == logs[1]
     if features:
-        one, other = kept.made[1].features.projectors, again.made[1].features.projectors
+        one, other = (trainer.objective.features.loss.projectors for trainer in (kept.made[1], again.made[1]))
         assert same(weights(one), weights(other))
-        fresh = FeatureLoss(make_model(0), kept.made[0].teacher, "hidden_mse").projectors
+        fresh = FeatureLoss(make_model(0), kept.made[0].objective.teacher, "hidden_mse").projectors
         assert not same(weights(fresh), weights(one))
 
 
@@ -602,44 +551,56 @@ def test_a_student_in_stages_is_made_by_its_producer(profile):
 
 # What is refused
 
-WEIGHTED = {"by": "student_nll", "mode": "weighted", "temperature": 0.5}
+WEIGHTED = {"by": PLAIN, "measure": "nll", "mode": "weighted", "temperature": 0.5}
+HIDDEN = {"of": "hidden_mse"}
+
+
+def selected(**settings):
+    return {"text": {"selected": settings}}
+
+
+def features(**settings):
+    return {"features": HIDDEN | settings}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"objective": "kd", **features()}, "objective must be online_kd for features, got kd"),
         (
-            {"objective": "kd", "feature": "relation"},
-            "feature needs the teacher in the loop, objective=online_kd; found kd",
+            {"objective": "kd", "temperature": {"shape": "linear", "start": 2, "end": 1}},
+            "objective must be online_kd for a temperature schedule, got kd",
         ),
         (
-            {"objective": "kd", "temperature_schedule": {"shape": "linear", "start": 2, "end": 1}},
-            "temperature_schedule needs the teacher in the loop, objective=online_kd; found kd",
+            {"objective": "online_kd", "temperature": {"shape": "linear", "start": 2, "end": 0}},
+            "temperature must stay between 1e-06 and 100, got 2.0 to 0.0",
         ),
         (
-            {"objective": "online_kd", "temperature_schedule": {"shape": "linear", "start": 2, "end": 0}},
-            "temperature_schedule must lie above 0 and not above 100; found 2.0 to 0.0",
+            {"kd_weight": {"shape": "linear", "start": 0, "end": 1.5}},
+            "kd_weight must stay between 0 and 1, got 0.0 to 1.5",
         ),
-        (
-            {"kd_weight_schedule": {"shape": "linear", "start": 0, "end": 1.5}},
-            "kd_weight_schedule must lie in 0..1; found 0.0 to 1.5",
-        ),
-        ({"kd_weight_schedule": {"shape": "linear", "start": 0}}, "kd_weight_schedule.end: Field required"),
-        ({"objective": "ce", "divergence": "jsd"}, "divergence jsd needs a teacher; found objective ce"),
-        ({"divergence": "kl"}, "divergence: Input should be 'forward_kl'"),
-        ({"divergence_options": {"beta": 0.5}}, "divergence forward_kl takes the options none; found .*beta"),
-        (
-            {"divergence": "jsd", "divergence_options": {"alpha": 0.5}},
-            "divergence jsd takes the options beta; found .*alpha",
-        ),
-        ({"objective": "kd", "text": "uniform"}, "text 'uniform' is made in the run.*use ce or online_kd"),
-        (
-            {"objective": "ce", "text": "uniform", "selection": {"mode": "random", "share": 0.5}},
-            "cached targets and selection do not know it",
-        ),
+        ({"kd_weight": {"shape": "linear", "start": 0}}, "kd_weight.end: Field required"),
+        ({"kd_weight": 1.5}, "kd_weight: .*less than or equal to 1"),
+        ({"temperature": 0}, "temperature: .*greater than 0"),
+        ({"objective": "ce", "fresh_draws": True}, "objective must be kd for fresh_draws, got ce"),
+        ({"objective": "ce", "divergence": "jsd"}, "objective must be kd or online_kd for a divergence, got ce with jsd"),
+        ({"divergence": "kl"}, "divergence: must be one of forward_kl, .*got 'kl'"),
+        ({"divergence": {}}, "divergence: must be one of forward_kl, .*got {}"),
+        ({"divergence": {"jsd": {}, "tvd": {}}}, "divergence: must be one of forward_kl"),
+        ({"divergence": {"forward_kl": {"beta": 0.5}}}, "options of forward_kl must be among none, got beta"),
+        ({"divergence": {"jsd": {"alpha": 0.5}}}, "options of jsd must be among beta, got alpha"),
+        ({"divergence": {"jsd": {"beta": 7}}}, "beta of jsd must be between 0 and 1.*got 7"),
+        ({"objective": "kd", "text": "uniform"}, "objective must be ce or online_kd for text made in the run, got kd"),
+        ({"objective": "kd", "text": {"generated": {}}}, "objective must be ce or online_kd for text made in the run"),
+        ({"text": "teacher"}, "text must be corpus or {way: settings} with a way of .*bagged.*got 'teacher'"),
+        ({"text": {"bagged": {"share": 0.5}, "selected": {}}}, "text must be corpus or {way: settings}"),
+        ({"text": {}}, "text must be corpus or {way: settings}"),
+        ({"text": {"bagged": {}}}, "text bagged: share: Field required"),
+        ({"text": {"bagged": {"share": 1.5}}}, "text bagged: share: .*less than or equal to 1, got 1.5"),
+        ({"objective": "ce", "text": {"uniform": {"share": 0.5}}}, "text uniform: share: Extra inputs"),
         (
             {"stages": [{"share": 1, "learning_rate_multipliers": {}}], "learning_rate_multipliers": {"mlp": 0.5}},
-            "leave those of the run empty",
+            "learning_rate_multipliers must be empty with stages",
         ),
         (
             {"stages": [{"share": share, "learning_rate_multipliers": {}} for share in (0.5, 0.4)]},
@@ -648,55 +609,57 @@ WEIGHTED = {"by": "student_nll", "mode": "weighted", "temperature": 0.5}
         (
             {
                 "stages": [{"share": 1, "learning_rate_multipliers": {}}],
-                "kd_weight_schedule": {"shape": "linear", "start": 0, "end": 1},
+                "kd_weight": {"shape": "linear", "start": 0, "end": 1},
             },
-            "a schedule would begin anew in every stage",
+            "must be constant with stages; a schedule would begin anew in each",
         ),
         (
             {"learning_rate_multipliers": {"mlp": 1, "[": 0}},
-            r"'\[' is malformed .unterminated character set.*put a backslash",
+            r"got '\[' .unterminated character set.*put a backslash",
         ),
-        ({"stages": [{"share": 1, "learning_rate_multipliers": {"a(": 0}}]}, r"'a\(' is malformed"),
+        ({"stages": [{"share": 1, "learning_rate_multipliers": {"a(": 0}}]}, r"got 'a\('"),
         (
             {"stages": [{"share": 1, "learning_rate_multipliers": {"a": float("inf")}}]},
             "learning_rate_multipliers.a: .*finite number",
         ),
         ({"learning_rate_multipliers": {"a": float("inf")}}, "learning_rate_multipliers.a: .*finite number"),
-        ({"feature_weight": float("inf")}, "feature_weight: .*finite number"),
-        (
-            {"divergence": "jsd", "divergence_options": {"beta": 7}},
-            "beta of divergence jsd must be between 0 and 1.*found 7",
-        ),
-        ({"last_k": 2}, "last_k belongs to layer_map=last_k"),
-        ({"layer_map": "last_k"}, "last_k belongs to layer_map=last_k, which needs it"),
-        ({"relations": []}, "relations.*at least 1 item"),
+        ({"objective": "online_kd", **features(weight=float("inf"))}, "features.weight: .*finite number"),
+        ({"objective": "online_kd", **features(weight=0)}, "features.weight.*greater than 0"),
+        ({"objective": "online_kd", **features(on="hidden")}, "features.on: .*'hidden_mse'"),
+        ({"objective": "online_kd", **features(layer_map="last")}, "features.layer_map: Extra inputs"),
+        ({"objective": "online_kd", **features(last_k=2)}, "last_k must be given with layers=last_k and only then, got 2"),
+        ({"objective": "online_kd", **features(layers="last_k")}, "last_k must be given with layers=last_k.*got None"),
+        ({"objective": "online_kd", **features(relations=[])}, "relations.*at least 1 item"),
         ({"noise": -1}, "noise.*greater than or equal to 0"),
-        ({"feature_weight": 0}, "feature_weight.*greater than 0"),
-        ({"selection": {"by": "teacher_entropy", "mode": "highest", "share": 0}}, "selection.share.*greater than 0"),
-        ({"selection": {"by": "entropy", "mode": "highest", "share": 0.5}}, "selection.by.*'teacher_entropy'"),
-        ({"selection": {"mode": "random", "share": 1}}, "selection.share.*less than 1"),
-        ({"selection": {"mode": "middle", "share": 0.5}}, "mode=middle needs by; found None"),
+        (selected(measure="entropy", mode="highest", share=0), "text selected: share: .*greater than 0"),
+        (selected(measure="teacher_entropy", mode="highest", share=0.5), "text selected: measure: .*'entropy'"),
+        (selected(mode="random", share=1), "text selected: share: .*less than 1"),
+        (selected(by="nobody", measure="nll", mode="lowest", share=0.5), "a run must be one of frozen,.*got 'nobody'"),
+        (selected(mode="middle", share=0.5), "measure must be given with mode=middle, got None"),
+        (selected(measure="nll", mode="random", share=0.5), "measure must be left out with mode=random, got nll"),
+        (selected(by=PLAIN, mode="random", share=0.5), "by must be left out with mode=random"),
+        (selected(measure="nll", mode="lowest"), "share must be given with mode=lowest, got None"),
+        (selected(mode="random", share=0.5, temperature=1), "temperature must be left out with mode=random, got 1"),
+        (selected(**WEIGHTED | {"temperature": None}), "temperature must be given with mode=weighted, got None"),
+        (selected(**WEIGHTED | {"measure": None}), "measure must be given with mode=weighted, got None"),
+        (selected(**WEIGHTED | {"share": 0.5}), "share must be left out with mode=weighted, got 0.5"),
+        (selected(**WEIGHTED | {"domains": {"speeches": 1}}), "domains must be left out with mode=weighted"),
+        (selected(**WEIGHTED | {"temperature": 0}), "text selected: temperature: .*greater than 0"),
+        (selected(mode="random", share=0.5, domains={}), "text selected: domains: .*at least 1 item"),
+        (selected(mode="random", share=0.5, domains={"a": 0}), "text selected: domains.a: .*greater than 0"),
         (
-            {"selection": {"by": "student_nll", "mode": "random", "share": 0.5}},
-            "mode=random does not read by; found stu",
-        ),
-        ({"selection": {"by": "student_nll", "mode": "lowest"}}, "mode=lowest needs share; found None"),
-        ({"selection": {"mode": "random", "share": 0.5, "temperature": 1}}, "mode=random does not read temperature"),
-        ({"selection": WEIGHTED | {"temperature": None}}, "mode=weighted needs temperature; found None"),
-        ({"selection": WEIGHTED | {"by": None}}, "mode=weighted needs by; found None"),
-        ({"selection": WEIGHTED | {"share": 0.5}}, "mode=weighted does not read share; found 0.5"),
-        ({"selection": WEIGHTED | {"domains": {"speeches": 1}}}, "mode=weighted keeps all .*leave out domains"),
-        ({"selection": WEIGHTED | {"temperature": 0}}, "selection.temperature.*greater than 0"),
-        ({"selection": {"mode": "random", "share": 0.5, "domains": {}}}, "selection.domains.*at least 1 item"),
-        ({"selection": {"mode": "random", "share": 0.5, "domains": {"a": 0}}}, "selection.domains.a.*greater than 0"),
-        (
-            {"objective": "online_kd", "feature": "relation", "selection": WEIGHTED},
-            "feature losses are not weighted; leave out selection or feature relation",
+            {"objective": "online_kd", **features(on="relation"), **selected(**WEIGHTED)},
+            "text must not be weighted with features or the divergences sinkhorn, mutual_information",
         ),
         (
-            {"objective": "online_kd", "divergence": "sinkhorn", "selection": WEIGHTED},
-            "divergence sinkhorn compares tokens in groups.*leave out selection, or choose another divergence",
+            {"objective": "online_kd", "divergence": "sinkhorn", **selected(**WEIGHTED)},
+            "text must not be weighted with features or the divergences sinkhorn, mutual_information",
         ),
+        ({"teacher": "nobody"}, "teacher: a run must be one of frozen, lora, full, scratch, a run id.*got 'nobody'"),
+        ({"teacher": {"model": {}}}, "teacher: a run in words must be {kind: settings} with a kind of corpus, .*student"),
+        ({"teacher": {"student": 1}}, "teacher: the settings of a student must be a mapping, got 1"),
+        ({"teacher": []}, "teacher: a pool of runs must have at least one"),
+        ({"teacher": [PLAIN, "nobody"]}, "teacher: a run must be one of .*got 'nobody'"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused_with_what_was_expected(changes, message):
@@ -705,26 +668,35 @@ def test_settings_that_do_not_go_together_are_refused_with_what_was_expected(cha
 
 
 def test_a_divergence_that_its_targets_cannot_serve_is_refused_in_the_plan():
-    with pytest.raises(KdlibError, match="jsd cannot be computed from targets of kind sampled.*topk.*or dense"):
+    with pytest.raises(KdlibError, match="divergence jsd must be of kind topk or dense, got sampled"):
         plan.step(profiles.parameters("04_student", "smoke", divergence="jsd"))
-    with pytest.raises(KdlibError, match="sinkhorn cannot be computed from targets of kind topk.*dense"):
+    with pytest.raises(KdlibError, match="divergence sinkhorn must be of kind dense, got topk"):
         plan.step(profiles.parameters("04_student", "smoke", divergence="sinkhorn", targets={"kind": "topk"}))
     assert plan.step(profiles.parameters("04_student", "smoke", divergence="jsd", targets={"kind": "topk"}))
 
 
+def test_targets_of_another_temperature_are_refused_in_the_plan():
+    wrong = {"kind": "topk", "temperature": 2.0}
+    with pytest.raises(KdlibError, match="temperature of targets must be the student's .1.0., got 2.0"):
+        plan.step(profiles.parameters("04_student", "smoke", targets=wrong))
+    for temperature, targets in ((2.0, wrong), (2.0, {"kind": "dense"})):
+        assert plan.step(profiles.parameters("04_student", "smoke", temperature=temperature, targets=targets))
+
+
 def test_profiles_name_the_divergences_and_options_that_there_are():
-    names = ("forward_kl", *parameters.ON_OUTCOMES, *parameters.ON_LOGITS)
-    assert set(names) == set(DIVERGENCES) and len(names) == len(DIVERGENCES)
+    assert set(divergences.NAMES) == set(DIVERGENCES) and len(divergences.NAMES) == len(DIVERGENCES)
     for name, loss in DIVERGENCES.items():
         arguments = loss.__code__.co_varnames[3 : loss.__code__.co_argcount]
-        assert tuple(parameters.OPTIONS.get(name, ())) == arguments
+        assert tuple(divergences.OPTIONS.get(name, ())) == arguments
         numbers = {option: 4 if option in ("group", "iterations") else 0.25 for option in arguments}
-        found = profiles.parameters("04_student", "smoke", divergence=name, divergence_options=numbers)
-        assert [type(value) for value in found.divergence_options.values()] == [type(one) for one in numbers.values()]
+        found = profiles.parameters("04_student", "smoke", divergence={name: numbers}).divergence
+        kept = divergences.as_pair(found)
+        assert kept == (name, numbers)
+        assert [type(value) for value in kept[1].values()] == [type(one) for one in numbers.values()]
 
 
 @pytest.mark.parametrize(
-    ("name", "option"), [(name, option) for name in DIVERGENCES for option in parameters.OPTIONS.get(name, ())]
+    ("name", "option"), [(name, option) for name in DIVERGENCES for option in divergences.OPTIONS.get(name, ())]
 )
 def test_an_option_is_refused_beforehand_exactly_where_the_loss_would_refuse_it(name, option):
     def refused(call, *arguments, **options) -> bool:
@@ -736,7 +708,7 @@ def test_an_option_is_refused_beforehand_exactly_where_the_loss_would_refuse_it(
 
     logits = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))
     values = [-1, 0, 1, 2, 3, -0.5, 0.0, 0.5, 1.0, 2.0, 2.5]
-    settings = [{"divergence": name, "divergence_options": {option: value}} for value in values]
+    settings = [{"divergence": {name: {option: value}}} for value in values]
     told = [refused(profiles.parameters, "04_student", "smoke", **one) for one in settings]
     assert told == [refused(DIVERGENCES[name], *logits, 1.0, **{option: value}) for value in values]
     assert len(set(told)) == 2
@@ -749,7 +721,7 @@ CE = {
     "learning_rate_multipliers": {}, "epochs": 2.0, "batch_size": 16, "gradient_accumulation": 1,
     "learning_rate": 0.005, "warmup": 0.1, "weight_decay": 0.1, "seed": 1, "precision": "float32",
 }  # fmt: skip
-KD = CE | {"objective": "kd", "kd_weight": 0.9, "temperature": 1.0, "teacher": "scratch"}
+KD = CE | {"objective": "kd", "kd_weight": 0.9, "temperature": 1.0}
 
 
 @pytest.mark.parametrize("identity", [CE, KD], ids=["ce", "kd"])
@@ -758,24 +730,44 @@ def test_settings_that_came_later_leave_the_identity_of_a_run_as_it_was(identity
 
 
 @pytest.mark.parametrize(
-    "selection",
+    "asked",
     [
-        {"by": "teacher_entropy", "mode": "highest", "share": 0.4},
+        {"mode": "highest", "share": 0.4},
         {"mode": "random", "share": 0.4},
         {"mode": "random", "share": 0.4, "domains": {"speeches": 1.0}},
-        WEIGHTED,
+        {"mode": "weighted", "temperature": 0.5},
     ],
 )
-def test_the_identity_of_a_selection_is_what_was_asked_for(selection):
-    assert profiles.parameters("04_student", "smoke", selection=selection).identity()["selection"] == selection
+def test_the_identity_of_a_selection_is_what_was_asked_for_and_the_run_of_its_scores(asked):
+    by = {} if asked["mode"] == "random" else {"by": PLAIN, "measure": "entropy"}
+    found = plan.step(profiles.parameters("04_student", "smoke", **selected(**asked, **by))).settings
+    assert found["parameters"]["text"] == {"selected": asked}
+    assert ("scores" in found["inputs"]) == bool(by)
 
 
 LINEAR = {"shape": "linear", "start": 1.0, "end": 0.5}
 
 
 def test_cross_entropy_has_no_identity_of_what_only_distillation_reads():
-    values = {"kd_weight": 0.1, "temperature": 2.0, "teacher": "lora", "kd_weight_schedule": LINEAR}
-    assert profiles.parameters("04_student", "smoke", objective="ce", **values).identity() == CE
+    for weight in (0.1, LINEAR):
+        values = {"kd_weight": weight, "temperature": 2.0, "teacher": "lora"}
+        assert profiles.parameters("04_student", "smoke", objective="ce", **values).identity() == CE
+
+
+@pytest.mark.parametrize(
+    ("setting", "spellings"),
+    [
+        ("divergence", ["jsd", {"jsd": {}}, {"jsd": None}]),
+        ("text", ["unigram", {"unigram": {}}, {"unigram": None}]),
+        ("text", ["corpus", {"corpus": {}}]),
+        ("teacher", ["scratch", {"teacher": {}}, {"teacher": {"adaptation": "scratch"}}]),
+        ("features", [{"of": "hidden_mse"}, {"of": "hidden_mse", "weight": 1, "layers": "uniform_consecutive"}]),
+        ("kd_weight", [{"shape": "linear", "start": 1, "end": 0}, Schedule(shape="linear", start=1, end=0)]),
+    ],
+)
+def test_a_setting_spelled_otherwise_is_the_same_run(setting, spellings):
+    found = {step("smoke", objective="online_kd", **{setting: one}).id for one in spellings}
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize(
@@ -783,28 +775,32 @@ def test_cross_entropy_has_no_identity_of_what_only_distillation_reads():
     [
         ({"objective": "ce"}, {"targets": {"kind": "dense"}}, True),
         ({"objective": "ce", "initialisation": "embeddings"}, {"kd_weight": 0.1}, True),
-        ({}, {"balance": "project", "feature_weight": 3.0, "relations": ["query"]}, True),
-        ({}, {"layer_map": "last_k", "last_k": 1}, True),
-        ({"objective": "online_kd", "feature": "hidden_mse"}, {"relations": ["query"]}, True),
-        ({"kd_weight_schedule": LINEAR}, {"kd_weight": 0.1}, True),
-        ({"objective": "online_kd", "temperature_schedule": LINEAR}, {"temperature": 3.0}, True),
+        ({"objective": "online_kd", **features()}, features(relations=["query"]), True),
         ({"objective": "online_kd"}, {"targets": {"kind": "dense"}}, True),
         ({}, {"targets": {"kind": "dense"}}, False),
-        ({}, {"kd_weight_schedule": LINEAR}, False),
-        ({"objective": "online_kd"}, {"temperature_schedule": LINEAR}, False),
-        ({"objective": "online_kd", "feature": "relation"}, {"relations": ["query"]}, False),
-        ({"objective": "online_kd", "feature": "hidden_mse"}, {"balance": "norm"}, False),
-        ({"objective": "online_kd", "feature": "hidden_mse"}, {"feature_weight": 2.0}, False),
-        ({"objective": "online_kd", "feature": "hidden_mse"}, {"layer_map": "last"}, False),
-        ({"objective": "online_kd"}, {"feature": "hidden_mse"}, False),
+        ({}, {"kd_weight": LINEAR}, False),
+        ({"objective": "online_kd"}, {"temperature": LINEAR}, False),
+        ({"objective": "online_kd", **features(on="relation")}, features(on="relation", relations=["query"]), False),
+        ({"objective": "online_kd", **features()}, features(balance="norm"), False),
+        ({"objective": "online_kd", **features()}, features(weight=2.0), False),
+        ({"objective": "online_kd", **features()}, features(layers="last"), False),
+        ({"objective": "online_kd"}, features(), False),
         ({"objective": "online_kd"}, {"divergence": "jsd"}, False),
-        ({"objective": "online_kd", "divergence": "jsd"}, {"divergence_options": {"beta": 0.1}}, False),
+        ({"objective": "online_kd", "divergence": "jsd"}, {"divergence": {"jsd": {"beta": 0.1}}}, False),
+        ({"objective": "online_kd"}, {"teacher": PLAIN}, False),
+        ({}, {"teacher": PLAIN}, False),
         ({"objective": "ce"}, {"initialisation": "embeddings"}, False),
         ({"objective": "ce"}, {"noise": 0.1}, False),
         ({"objective": "ce"}, {"text": "unigram"}, False),
-        ({"objective": "ce"}, {"selection": {"by": "student_nll", "mode": "lowest", "share": 0.5}}, False),
-        ({"objective": "ce", "selection": WEIGHTED}, {"selection": WEIGHTED | {"temperature": 1.0}}, False),
-        ({"objective": "online_kd", "selection": WEIGHTED}, {"divergence": "jsd"}, False),
+        ({"objective": "ce"}, {"text": {"bagged": {"share": 0.5}}}, False),
+        ({"text": {"bagged": {"share": 0.5}}}, {"text": {"bagged": {"share": 0.5, "seed": 2}}}, False),
+        ({"objective": "ce"}, selected(measure="nll", mode="lowest", share=0.5), False),
+        ({"objective": "ce", **selected(**WEIGHTED)}, selected(**WEIGHTED | {"temperature": 1.0}), False),
+        ({"objective": "ce", **selected(**WEIGHTED)}, selected(**WEIGHTED | {"measure": "entropy"}), False),
+        ({"objective": "ce", **selected(**WEIGHTED)}, selected(**WEIGHTED | {"by": "scratch"}), False),
+        ({"objective": "online_kd", **selected(**WEIGHTED)}, {"divergence": "jsd"}, False),
+        ({"objective": "ce", "text": {"generated": {}}}, {"teacher": PLAIN}, False),
+        ({"objective": "ce", "text": {"generated": {"by": PLAIN}}}, {"teacher": PLAIN}, True),
         ({"objective": "ce"}, {"stages": [{"share": 1, "learning_rate_multipliers": {}}]}, False),
     ],
 )

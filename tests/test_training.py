@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, TrainerCallback
 from kdlib import models, training
 from kdlib.cache import Kind, ModelTeacher, TargetCache, write_targets
 from kdlib.data.corpus import load_split, pack, save_split
+from kdlib.data.text import TrainingText
 from kdlib.errors import KdlibError
 from kdlib.losses import SparseTargets, fused
 from kdlib.losses.features import FeatureLoss
@@ -38,7 +39,10 @@ from kdlib.study.parameters import TrainingParameters
 from kdlib.study.schedules import Schedule, Stage
 from kdlib.training import (
     Collator,
+    Distillation,
     DistillationTrainer,
+    FeatureTerm,
+    Objective,
     discard_checkpoints,
     newest_checkpoint,
     parameter_groups,
@@ -65,15 +69,28 @@ def settings(**changes):
     return TrainingParameters(**DEFAULTS | changes)
 
 
+def objective_of(
+    targets=None, teacher=None, kd_weight=0.0, temperature=1.0, divergence="forward_kl", divergence_options=None,
+    features=None, feature_weight=1.0, balance="none",
+):  # fmt: skip
+    terms = [Distillation(kd_weight, temperature, divergence, divergence_options or {})]
+    if features is not None:
+        terms.append(FeatureTerm(features, feature_weight, balance))
+    return Objective(terms, teacher if targets is None else targets)
+
+
 def make_trainer(folder, model=None, split=None, validation=True, changes=None, kind=DistillationTrainer, **options):
+    """A trainer on all of a split; of ``options``, those that it does not take itself make up the objective."""
     split = split or make_split(documents=20)
     if validation is True:
         held_out = make_split("validation", seed=1, documents=4)
         options |= {"validation_index": pack(held_out.windows(BLOCK), BLOCK)}
         validation = held_out
     model = make_model(0) if model is None else model
-    rows = pack(split.windows(BLOCK), BLOCK)
-    return kind(model, settings(**changes or {}), split, rows, folder, validation=validation or None, **options)
+    text = TrainingText(split, weights=options.pop("weights", None))
+    own = {name: options.pop(name) for name in ("multipliers", "validation_index") if name in options}
+    rows, objective = pack(text.windows(BLOCK), BLOCK), objective_of(**options)
+    return kind(model, settings(**changes or {}), text, rows, folder, objective, validation=validation or None, **own)
 
 
 def built(architecture, seed, dropout=0.0, width=16):
@@ -119,7 +136,7 @@ def column(trainer, name):
     return [row[name] for row in read_log(trainer.step_log.path) if row[name]]
 
 
-class NextTokens:
+class NextTokens(TargetCache):
     """A cache whose targets put all mass on the text's own next token, looked up by flat position."""
 
     temperature, guard = 1.0, {"vocabulary": VOCABULARY}
@@ -195,16 +212,15 @@ def test_every_row_comes_once_an_epoch_in_another_order_each_time(tmp_path):
 def test_batch_size_and_accumulation_of_one_product_give_the_same_weights(tmp_path, weighted):
     """Rows hold unequal numbers of tokens, so a mean over micro-batches would weigh them differently."""
     split = make_split(documents=20)
-    options = {"kd_weight": 0.7, "weights": token_weights(split) if weighted else None}
+    text = TrainingText(split, weights=token_weights(split) if weighted else None)
     index = loose(split)[:24]
     assert len(set((index >= 0).sum(1))) > 8
     found = []
     for number, (batch_size, accumulation) in enumerate([(8, 1), (4, 2), (2, 4), (1, 8)]):
         values = settings(batch_size=batch_size, gradient_accumulation=accumulation)
         targets = cache_of(tmp_path / f"targets-{number}", make_model(1), split)
-        trainer = DistillationTrainer(
-            make_model(0).double(), values, split, index, tmp_path / str(number), targets=targets, **options
-        )
+        objective = objective_of(targets, kd_weight=0.7)
+        trainer = DistillationTrainer(make_model(0).double(), values, text, index, tmp_path / str(number), objective)
         trainer.fit()
         found.append((weights(trainer.model), [column(trainer, name) for name in ("loss", "ce", "kd", "tokens")]))
     for other, log in found[1:]:
@@ -271,7 +287,7 @@ def test_weight_zero_is_cross_entropy_bit_for_bit(tmp_path):
     assert column(trainer, "kd") == []
 
 
-class Exact:
+class Exact(TargetCache):
     """A cache that keeps the whole distribution in float32."""
 
     def __init__(self, teacher, split, temperature):
@@ -365,9 +381,8 @@ def test_a_whole_step_is_that_of_dense_logits_of_each_window_alone(tmp_path, arc
 
     before = {name: value.detach().clone() for name, value in student.named_parameters()}
     values = settings(epochs=1, batch_size=2, gradient_accumulation=len(index) // 2)
-    trainer = DistillationTrainer(
-        student, values, split, index, tmp_path, kd_weight=kd_weight, temperature=temperature, **options
-    )
+    objective = objective_of(kd_weight=kd_weight, temperature=temperature, **options)
+    trainer = DistillationTrainer(student, values, TrainingText(split), index, tmp_path, objective)
     trainer.args.max_grad_norm = 0.0
     step = Gradients()
     trainer.add_callback(step)
@@ -527,7 +542,7 @@ def test_whole_epochs_see_all_tokens_as_often_whatever_the_accumulation(tmp_path
     index = pack(split.windows(BLOCK), BLOCK)[:20]
     for accumulation in (1, 3):
         values = settings(epochs=3, gradient_accumulation=accumulation)
-        trainer = DistillationTrainer(make_model(0), values, split, index, tmp_path / str(accumulation))
+        trainer = DistillationTrainer(make_model(0), values, TrainingText(split), index, tmp_path / str(accumulation))
         assert trainer.fit()["tokens"] == 3 * (index >= 0).sum()
         assert float(column(trainer, "epoch")[-1]) == 3
 
@@ -583,8 +598,8 @@ def test_no_epochs_leave_the_model_as_initialised(tmp_path):
 
 def test_a_student_of_another_vocabulary_is_refused_before_it_trains(tmp_path):
     padded = make_model(0, vocabulary=VOCABULARY + 3)
-    cache = SimpleNamespace(guard={"vocabulary": VOCABULARY})
-    with pytest.raises(KdlibError, match=f"found {{'student': {VOCABULARY + 3}, 'targets': {VOCABULARY}}} tokens"):
+    cache = NextTokens(make_split())
+    with pytest.raises(KdlibError, match=f"got {{'student': {VOCABULARY + 3}, 'targets': {VOCABULARY}}} tokens"):
         make_trainer(tmp_path, padded, targets=cache, kd_weight=0.9)
     with pytest.raises(KdlibError, match=f"'teacher': {VOCABULARY}}} tokens"):
         make_trainer(tmp_path, padded, teacher=make_model(1), kd_weight=0.9)
@@ -593,14 +608,15 @@ def test_a_student_of_another_vocabulary_is_refused_before_it_trains(tmp_path):
 def test_features_need_the_teacher_itself(tmp_path):
     model = make_model(0)
     features = FeatureLoss(model, make_model(1), "hidden_mse", seed=0)
-    with pytest.raises(KdlibError, match="cached targets do not hold that"):
+    with pytest.raises(KdlibError, match="must have a teacher in the loop, got none: cached targets hold no features"):
         make_trainer(tmp_path, model, features=features)
 
 
 def test_a_split_without_rows_is_refused(tmp_path):
     split = make_split()
-    with pytest.raises(KdlibError, match="no rows to train on"):
-        DistillationTrainer(make_model(0), settings(), split, pack(split.windows(BLOCK)[:0], BLOCK), tmp_path)
+    with pytest.raises(KdlibError, match="'train' must have rows to train on, got none"):
+        nothing = pack(split.windows(BLOCK)[:0], BLOCK)
+        DistillationTrainer(make_model(0), settings(), TrainingText(split), nothing, tmp_path)
 
 
 class Greedy(DistillationTrainer):
@@ -647,13 +663,21 @@ def test_a_log_written_without_the_peak_is_taken_up(tmp_path, stop):
 
 
 class Asking(DistillationTrainer):
-    """Counts the labels of what the teacher is asked for."""
+    """Counts the labels of the batches that the teacher's body runs on."""
 
     asked = 0
 
-    def _ask_teacher(self, inputs):
-        self.asked += (inputs["labels"] >= 0).sum().item()
-        return super()._ask_teacher(inputs)
+    def compute_loss(self, model, inputs, **options):
+        tokens = (inputs["labels"] >= 0).sum().item()
+
+        def count(*_):
+            self.asked += tokens
+
+        handle = self.objective.teacher.model.register_forward_hook(count)
+        try:
+            return super().compute_loss(model, inputs, **options)
+        finally:
+            handle.remove()
 
 
 @pytest.mark.parametrize("shape", [{"start": 1, "end": 0}, {"start": 0, "end": 1}], ids=["1 to 0", "0 to 1"])
@@ -702,7 +726,7 @@ def test_on_a_machine_of_two_gpus_one_device_trains(tmp_path, monkeypatch):
 
 def test_several_processes_for_one_run_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(KdlibError, match="one process on one device; found WORLD_SIZE=2.*--share"):
+    with pytest.raises(KdlibError, match="one process on one device; found WORLD_SIZE=2.*kdlib make --all --share 0/2"):
         make_trainer(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "1")
     make_trainer(tmp_path)
@@ -968,9 +992,9 @@ WAYS = {
 def train_whole(folder, way, seed=0):
     """Weights and metrics of a run of :func:`kdlib.training.train_model`."""
     folder.mkdir(exist_ok=True)
-    data = {"train": make_split(documents=20), "validation": make_split("validation", seed=1, documents=4)}
+    text, validation = TrainingText(make_split(documents=20)), make_split("validation", seed=1, documents=4)
     model = make_model(seed)
-    metrics = train_model(model, settings(), data, BLOCK, folder, **WAYS[way])
+    metrics = train_model(model, settings(), text, validation, BLOCK, folder, **WAYS[way])
     return weights(model), metrics
 
 

@@ -78,11 +78,11 @@ def target_runs(profile: str) -> pd.DataFrame:
             kept = targets.settings["parameters"]
             ways = {"proposal": "importance", "stratified": "stratified"} if kept["kind"] == "sampled" else {}
             kind = next((name for way, name in ways.items() if way in kept), kept["kind"])
-            row = {"cell": cell, "kind": kind, "seed": run.settings["parameters"]["seed"]}
+            student = store.find(profile, inputs["student"])
+            row = {"cell": cell, "kind": kind, "seed": student.settings["parameters"]["seed"]}
             row["format"] = targets.metrics.get("format", 2)  # version 3 was the first to be told
             measured = ("bytes_per_token", "entries_per_token", "angle_initial", "angle_trained", "teacher_kl")
             row |= {name: metrics[name] for name in measured} | metrics["test"]
-            student = store.find(profile, inputs["student"])
             rows.append(row | {"tokens": student.metrics["training"]["tokens"], "run": student})
     return pd.DataFrame(rows)
 

@@ -142,16 +142,21 @@ def position_scores(
 ) -> np.ndarray:
     """What a model or ensemble makes of every predicting position of a split, in split order: float32 [positions], nats.
 
+    An ``EnsembleForCausalLM`` counts as the distribution that it gives, calibrated.
+
     Args:
         measure: ``nll`` of the token that comes next, or ``entropy`` of the distribution over it.
         batch_size, autocast: as for :func:`evaluate`.
     """
-    pool = model.config.pool if isinstance(model, EnsembleForCausalLM) else None
-    members = list(model.members) if pool else [model]
+    ensemble = model.config if isinstance(model, EnsembleForCausalLM) else None
+    pool, members = (ensemble.pool, list(model.members)) if ensemble else (None, [model])
+    temperature = ensemble.calibration_temperature if ensemble else 1.0
     _refuse_unfit(members, {split.name: split}, pool, 1.0)
     with torch.no_grad(), _evaluation_mode(members):
         index, found = pack(split.windows(block_length), block_length), []
         for _, pooled, targets in _chunks(members, split, index, batch_size, autocast, pool):
+            if temperature != 1:
+                pooled = log_probs(pooled / temperature)
             found.append(-_at(pooled, targets) if measure == "nll" else -(pooled.exp() * pooled).sum(dim=-1))
     return torch.cat(found).float().cpu().numpy()
 

@@ -9,4 +9,4 @@ class Independent(Method):
 
     def members(self, plan: Planner) -> list[Step]:
         """The profile's student with each seed."""
-        return [plan.student(**self.student, seed=seed) for seed in self.seeds]
+        return [plan.student(**self.student | {"seed": seed}) for seed in self.seeds]

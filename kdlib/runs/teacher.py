@@ -42,6 +42,17 @@ class Parameters(parameters.TrainingParameters):
         """What the chosen adaptation does not read."""
         return set(type(self).model_fields) - READS[self.adaptation]
 
+    @property
+    def carrier(self) -> str:
+        """What settings call the source: a checkpoint counts by its content, among the downloads, wherever it lies."""
+        on_disk = self.source not in catalogue.known(self.profile) and Path(self.source).expanduser().exists()
+        return "checkpoint" if on_disk else self.source
+
+    def identity(self) -> dict:
+        """Without the path of a checkpoint."""
+        values = super().identity()
+        return values | {"source": self.carrier} if "source" in values else values
+
 
 def inputs(values: Parameters, plan: Planner) -> dict[str, Step]:
     """The corpus."""
@@ -50,7 +61,9 @@ def inputs(values: Parameters, plan: Planner) -> dict[str, Step]:
 
 def downloads(values: Parameters) -> dict[str, str]:
     """The carrier of its weights."""
-    return {} if values.adaptation == "scratch" else catalogue.identities([values.source], values.profile)
+    if values.adaptation == "scratch":
+        return {}
+    return {values.carrier: catalogue.identities([values.source], values.profile)[values.source]}
 
 
 def label(values: Parameters) -> str:

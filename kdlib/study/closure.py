@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1]
 APART = {"kdlib", "kdlib.errors", "kdlib.study"} | {
     f"kdlib.study.{name}"
     for name in (
-        *("closure", "commands", "design", "divergences", "kinds", "notebooks", "parameters", "plan", "profiles"),
+        *("closure", "design", "divergences", "kinds", "listing", "notebooks", "parameters", "plan", "profiles"),
         *("progress", "proof", "refs", "revisions", "runner", "store"),
     )
 }

@@ -23,6 +23,8 @@ TEACHERS = {
     "scratch": "teacher (from scratch)",
 }
 UNTRAINED = "untrained"
+# Runs that are being looked for: a profile may name one that its own plan is to find.
+_sought: set[tuple[str, str]] = set()
 
 
 @dataclass(frozen=True)
@@ -166,8 +168,8 @@ def find(profile: str, name: str) -> Step:
     Raises:
         KdlibError: no run has it, or several have the label.
     """
-    for planned in (study(profile), study(profile, tuple(load(profile).study.grids))):
-        found = [one for one in planned if name in (one.id, one.label)]
+    for grids in ((), tuple(load(profile).study.grids)):
+        found = [one for one in _planned(profile, grids, name) if name in (one.id, one.label)]
         if len({one.id for one in found}) == 1:
             return found[0]
         if found:
@@ -175,6 +177,17 @@ def find(profile: str, name: str) -> Step:
     raise KdlibError(
         f"{name!r} must be the id or label of a run that profile {profile!r} plans. See them with: kdlib list --runs --profile {profile}"
     )
+
+
+def _planned(profile: str, grids: tuple[str, ...], sought: str) -> tuple[Step, ...]:
+    """The profile's study; nothing while that plan is itself looking for the same run."""
+    if (profile, sought) in _sought:
+        return ()
+    _sought.add((profile, sought))
+    try:
+        return study(profile, grids)
+    finally:
+        _sought.discard((profile, sought))
 
 
 def share(profile: str, grids: Sequence[str], kinds: Sequence[str] | None, part: str) -> list[Step]:

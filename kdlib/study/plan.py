@@ -71,6 +71,7 @@ class Planner:
     def __init__(self, profile: str):
         self.profile = profile
         self._known: dict[str, Step] = {}
+        self._under_way: list[Parameters] = []
 
     def run(self, kind: str, /, **settings: Any) -> Step:
         """A run of any kind. A :class:`Step` among the settings stands for the run itself."""
@@ -78,12 +79,26 @@ class Planner:
         return self.step(profiles.parameters(kinds()[kind].NOTEBOOK, self.profile, **settings))
 
     def step(self, values: Parameters, label: str = "") -> Step:
-        """The run that these parameters describe."""
+        """The run that these parameters describe.
+
+        Raises:
+            KdlibError: it reads itself, as where a profile's student section names such a student as its teacher.
+        """
         kind = of_parameters(values)
         if kind is None:
             raise KdlibError(f"parameters must be of a run ({', '.join(kinds())}), got {type(values).__name__}.")
         described = kinds()[kind]
-        found = Step(kind, values, described.inputs(values, self), label or described.label(values))
+        label = label or described.label(values)
+        if values in self._under_way:
+            raise KdlibError(
+                f"A run must not lead back to itself, got {label}, which does. End the chain of runs with a teacher, or with a "
+                "student of objective ce."
+            )
+        self._under_way.append(values)
+        try:
+            found = Step(kind, values, described.inputs(values, self), label)
+        finally:
+            self._under_way.pop()
         self._known[found.id] = found
         return found
 

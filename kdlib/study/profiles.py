@@ -6,6 +6,7 @@ notebook, so a notebook run with ``--profile quick`` and one run by hand with th
 """
 
 import difflib
+import re
 from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
@@ -30,6 +31,27 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 GridName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 # Notebooks whose globals held parameters alone when they were first looked at in this process.
 _seen: set[str] = set()
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's booleans: in YAML 1.1 the name ``on``, as in ``features: {on: relation}``, would be one."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in found if not tag.endswith(":bool")]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
+def read_yaml(text: str) -> Any:
+    """The values in a profile's file, or of a setting on the command line.
+
+    Raises:
+        yaml.YAMLError: it is no YAML.
+    """
+    return yaml.load(text, _Loader)
 
 
 class Grid(BaseModel):
@@ -181,7 +203,7 @@ def load(name: str) -> Profile:
 def _loaded(name: str, path: Path, modified: int) -> Profile:
     # Planning a study asks for its profile once a run and parameter; `modified` has an edited file read again.
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise KdlibError(f"Profile {path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -44,9 +45,9 @@ def require_same_results() -> None:
 
 
 def differences(before: dict[str, dict], after: dict[str, dict], tolerance: float = TOLERANCE) -> Iterator[str]:
-    """Where metrics of runs with the same label differ, in words. Runs that only one side has are left out."""
-    for label in before.keys() & after.keys():
-        yield from _differing(label, before[label], after[label], tolerance)
+    """Where metrics of runs with the same name differ, in words. Runs that only one side has are left out."""
+    for name in sorted(before.keys() & after.keys()):
+        yield from _differing(name, before[name], after[name], tolerance)
 
 
 def _differing(where: str, old: Any, new: Any, tolerance: float) -> Iterator[str]:
@@ -85,7 +86,7 @@ def _git(*arguments: str) -> bytes:
 
 
 def _results(tree: Path, home: Path) -> dict[str, dict]:
-    """Metrics by label of the small study, made by the code in ``tree``."""
+    """Metrics of every run of the small study, made by the code in ``tree``."""
     environment = {**os.environ, "KDLIB_HOME": str(home), "PYTHONPATH": str(tree), "KDLIB_BATCH": "1"}
     command = [sys.executable, "-m", "kdlib", "make", "--all", "--profile", PROFILE, "--grids", "all"]
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, encoding="utf-8")
@@ -94,5 +95,22 @@ def _results(tree: Path, home: Path) -> dict[str, dict]:
     results = home / "results" / PROFILE
     plan = json.loads((results / "plan.json").read_text(encoding="utf-8"))
     planned = [*plan["runs"], *(run for grid in plan.get("grids", {}).values() for run in grid["runs"])]
-    folders = {one["label"]: results / "runs" / one["id"] for one in planned}
-    return {label: json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for label, folder in folders.items()}
+    return {
+        name: json.loads((results / "runs" / run / "metrics.json").read_text(encoding="utf-8"))
+        for name, run in _named(planned).items()
+    }
+
+
+def _named(planned: list[dict]) -> dict[str, str]:
+    """Run ids by label, and by ``label (2)`` and so on where a further run has it, in the order of the plan.
+
+    Ids may differ between two versions of the code; labels are shared, as by a student of a grid and one of the comparison.
+    """
+    names, seen = {}, Counter()
+    for one in planned:
+        # Grids repeat the runs that they share with one another and with the comparison.
+        if one["id"] not in names.values():
+            seen[one["label"]] += 1
+            place = seen[one["label"]]
+            names[one["label"] if place == 1 else f"{one['label']} ({place})"] = one["id"]
+    return names

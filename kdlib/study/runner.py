@@ -37,7 +37,7 @@ def assignments(given: list[str]) -> dict[str, Any]:
         if name in values:
             raise KdlibError(f"Parameter {name!r} must be set once, got it twice. Keep one --set {name}=….")
         try:
-            values[name] = yaml.safe_load(text)
+            values[name] = profiles.read_yaml(text)
         except yaml.YAMLError as error:
             raise KdlibError(f"The value in --set {assignment} must be YAML: {' '.join(str(error).split())}") from None
     return values

@@ -63,7 +63,8 @@ class Objective:
         signal: cached targets, a model in the loop (never trained, run without dropout), or None.
 
     Raises:
-        KdlibError: two terms of a kind, a weight without a signal, or features without a teacher in the loop.
+        KdlibError: two terms of a kind, a signal of another type, a weight without a signal, features without a teacher in the
+            loop, or a balance that there is not.
     """
 
     def __init__(self, terms: Sequence[Distillation | FeatureTerm] = (), signal: TargetCache | nn.Module | None = None):
@@ -75,10 +76,17 @@ class Objective:
         self.weight, self.temperature = as_schedule(self.distillation.weight), as_schedule(self.distillation.temperature)
         self.targets = signal if isinstance(signal, TargetCache) else None
         self.teacher = signal if isinstance(signal, nn.Module) else None
+        if self.targets is self.teacher is None and signal is not None:
+            raise KdlibError(
+                f"signal must be cached targets (TargetCache) or a model, got {type(signal).__name__}. Of several models make an "
+                "EnsembleForCausalLM."
+            )
         if signal is None and self.weight != as_schedule(0.0):
             raise KdlibError("A distillation term must have a signal, got none. Give cached targets or a teacher.")
         if self.features is not None and self.teacher is None:
             raise KdlibError("A feature term must have a teacher in the loop, got none: cached targets hold no features.")
+        if self.features is not None and self.features.balance not in BALANCES:
+            raise KdlibError(f"balance must be one of {', '.join(BALANCES)}, got {self.features.balance!r}.")
 
     @property
     def distils(self) -> bool:
@@ -93,7 +101,11 @@ class Objective:
         """Tokens of the signal's vocabulary, by what it is."""
         if self.targets is not None:
             return {"targets": self.targets.guard["vocabulary"]} if "vocabulary" in self.targets.guard else {}
-        return {} if self.teacher is None else {"teacher": len(_members(self.teacher)[0].get_output_embeddings().weight)}
+        if self.teacher is None:
+            return {}
+        # Of all members, so that one whose logits are no matrix product is refused now; they share a vocabulary.
+        sizes = [len(models.head(member)[0]) for member in _members(self.teacher)]
+        return {"teacher": sizes[0]}
 
     @torch.no_grad()
     def ask(self, run: Any, dtype: torch.dtype | None) -> DenseTargets | PooledTargets:

@@ -74,7 +74,7 @@ class DistillationTrainer(Trainer):
         if int(processes := os.environ.get("WORLD_SIZE", "1")) > 1:
             raise KdlibError(
                 f"A run is trained by one process on one device; found WORLD_SIZE={processes}, as torchrun sets it. Start python "
-                "itself; python -m kdlib.runs.producers --share 0/2 and 1/2 make the runs of a profile side by side."
+                "itself; kdlib make --all --share 0/2 and 1/2 make the runs of a profile side by side."
             )
         low_precision.require(settings.low_precision)
         if not len(index):
