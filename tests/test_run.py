@@ -170,7 +170,7 @@ def test_a_notebook_runs_with_its_parameters_in_this_interpreter_at_the_reposito
     assert json.loads(found) == ["quick", str(profiles.REPOSITORY), sys.executable, "1", "ipc"]
     executed = home / "results" / "quick" / "executed" / "10_objectives.ipynb"
     assert told == f"Executed notebook: {executed}"
-    assert 'profile = "quick"' in executed.read_text()
+    assert 'profile = \\"quick\\"' in executed.read_text()
 
 
 @pytest.mark.slow

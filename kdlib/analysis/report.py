@@ -348,7 +348,7 @@ def _studies(profile: str) -> list[str]:
         "study, paired by seed: who is shown to have the lower test loss, and who is shown not to (difference in nats per token, "
         "p ≤ 0.05 after Holm). Tokens: those that a student was trained on, repeated or not."
     )
-    return [about, markdown_table(["Study", "Tokens", "Reference", "Better", "Worse", "Undecided"], body)]
+    return [about, markdown_table(["Study", "Tokens", "Reference", "Better", "Not better", "Undecided"], body)]
 
 
 def _benchmarks(path: Path) -> str:
