@@ -12,9 +12,10 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from kdlib import methods
 from kdlib.analysis import outputs
 from kdlib.study import notebooks, profiles
-from kdlib.study.profiles import NOTEBOOKS, REPOSITORY
+from kdlib.study.profiles import REPOSITORY
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 SHIPPED = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
@@ -26,9 +27,10 @@ ROOMS = (
     "models",
     "losses",
     "cache",
-    "training",
     "ensemble",
+    "training",
     "evaluation",
+    "methods",
     "runs",
     "analysis",
 )
@@ -90,9 +92,9 @@ def test_licence_and_citation_agree_with_the_project():
 
 
 def test_the_notebooks_are_those_of_the_project():
-    assert {path.stem for path in SHIPPED} == set(NOTEBOOKS)
+    assert {path.stem for path in SHIPPED} == set(profiles.notebooks())
     analyses = outputs.analyses(profiles.load("smoke").study.grids).values()
-    assert {one.notebook for one in analyses} == {name for name in NOTEBOOKS if name >= "10"}, "the smoke profile has all"
+    assert {one.notebook for one in analyses} == {name for name in profiles.notebooks() if name >= "10"}, "the smoke profile has all"
     titles = [json.loads(path.read_text())["cells"][0]["source"][0] for path in SHIPPED]
     assert [title for title in titles if title.startswith("# #")] == []
 
@@ -132,7 +134,27 @@ def imported(module: str) -> set[str]:
 def test_every_module_is_in_a_room():
     inside = (REPOSITORY / "kdlib").iterdir()
     rooms = {path.stem for path in inside if path.suffix == ".py" or (path / "__init__.py").exists()}
-    assert rooms - {"__init__"} == set(ROOMS)
+    assert rooms - {"__init__", "__main__"} == set(ROOMS)
+
+
+def test_the_readme_names_every_module_in_its_room():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    told = re.search(r"^kdlib/\n(.*?)^profiles/", text, re.DOTALL | re.MULTILINE)[1]
+    name, rooms = "", {}
+    for line in told.splitlines():
+        # A room, or none: the room above. Then its modules, then after two spaces what they are about.
+        room, modules = re.fullmatch(r" {2}(?:(\w+)/)? *((?:\w+ )*\w+)(?: {2,}.*)?", line).groups()
+        name = room or name
+        rooms.setdefault(name, set()).update(modules.split())
+    there = {path.name: path for path in (REPOSITORY / "kdlib").iterdir() if (path / "__init__.py").exists()}
+    assert list(rooms) == list(ROOMS[1:]), "left never imports right"
+    assert rooms == {name: {one.stem for one in path.glob("*.py")} - {"__init__"} for name, path in there.items()}
+
+
+def test_the_readme_describes_every_method():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    section = re.search(r"^## Ways to form an ensemble\n(.*?)^## ", text, re.DOTALL | re.MULTILINE)[1]
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == sorted(methods.names(), key=section.index)
 
 
 @pytest.mark.parametrize("room", ROOMS)
