@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import yaml
+from pydantic import Field
 
 from kdlib.data import text
 from kdlib.runs.student import Features
@@ -194,7 +195,8 @@ def test_a_default_that_changes_makes_other_ids(kind, name):
     base, other = OTHERS[kind][name]
     values = step(kind, **base).parameters
     model = type(values)
-    changed = type("Changed", (model,), {"__annotations__": {name: model.model_fields[name].annotation}, name: other})
+    default = Field(other, validate_default=True)
+    changed = type("Changed", (model,), {"__annotations__": {name: model.model_fields[name].annotation}, name: default})
     said = values.model_dump(exclude={name})
     assert changed.model_validate(said).identity() != values.identity()
     kept = changed.model_validate({**said, name: FROZEN[kind][name]})
