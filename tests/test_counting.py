@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kdlib import models
 from kdlib.cache import Kind, ModelTeacher, TargetCache, write_targets
 from kdlib.data.corpus import pack
+from kdlib.data.text import TrainingText
 from kdlib.ensemble.model import EnsembleForCausalLM
 from kdlib.evaluation import fidelity, metrics
 from kdlib.evaluation.metrics import evaluate
@@ -23,6 +24,7 @@ from kdlib.losses.features import FeatureLoss
 from kdlib.study.parameters import TrainingParameters
 from kdlib.study.schedules import Schedule, Stage
 from kdlib.training import read_log, train_model
+from kdlib.training.objective import Distillation, Objective
 from kdlib.training.work import (
     Text,
     feature_operations,
@@ -321,26 +323,23 @@ def test_fidelity_takes_two_steps_of_each_student_and_passes_of_the_teacher(tmp_
 def in_training(folder, model=None, split=None, **options):
     schedule = {"epochs": 2, "batch_size": 2, "gradient_accumulation": 1, "learning_rate": 1e-3, "warmup": 0.1, "weight_decay": 0.1}
     settings = TrainingParameters(profile="smoke", seed=1, precision="float32", compile=False, **schedule)
-    split, model = split or whole_windows(8), model or make_model(0)
+    text, model = TrainingText(split or whole_windows(8)), model or make_model(0)
     validation = whole_windows(2)
     seen = []
-    found = seen_by_counter(
-        lambda: seen.append(train_model(model, settings, {"train": split, "validation": validation}, BLOCK, folder, **options))
-    )
+    found = seen_by_counter(lambda: seen.append(train_model(model, settings, text, validation, BLOCK, folder, **options)))
     return seen[0], found
 
 
 @pytest.mark.parametrize("signal", ["none", "sparse", "dense", "online"])
 def test_a_run_counts_the_steps_that_it_took(tmp_path, signal):
     split, teacher = whole_windows(8), make_model(1, layers=2)
-    options = {} if signal == "none" else {"kd_weight": 0.5}
+    given = teacher
     if signal in ("sparse", "dense"):
         kind = Kind("topk", top_k=4) if signal == "sparse" else Kind("dense")
         write_targets(tmp_path / "targets", ModelTeacher(teacher), split, {}, kind, block_length=BLOCK)
-        options["targets"] = TargetCache(tmp_path / "targets", {}, 1.0)
-    if signal == "online":
-        options["teacher"] = teacher
-    training, seen = in_training(tmp_path / "run", split=split, **options)
+        given = TargetCache(tmp_path / "targets", {}, 1.0)
+    objective = None if signal == "none" else Objective([Distillation(0.5)], given)
+    training, seen = in_training(tmp_path / "run", split=split, objective=objective)
     work, rows = training["work"], read_log(tmp_path / "run" / "log.csv")
     validations = [row for row in rows if row["validation_seconds"]]
     assert training["tokens"] == 2 * 8 * BLOCK and len(validations) > 1
@@ -358,7 +357,8 @@ def test_a_run_counts_the_steps_that_it_took(tmp_path, signal):
 
 def test_a_teacher_is_charged_for_the_steps_that_ask_it(tmp_path):
     teacher = make_model(1, layers=2)
-    training, _ = in_training(tmp_path, teacher=teacher, kd_weight=Schedule(shape="step", start=1.0, end=0.0))
+    falling = Schedule(shape="step", start=1.0, end=0.0)
+    training, _ = in_training(tmp_path, objective=Objective([Distillation(falling)], teacher))
     asked = training["teacher_tokens"]
     assert 0 < asked < training["tokens"]
     per_token = models.operations(teacher).forward(*models.extent([BLOCK])) / BLOCK

@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from kdlib.__main__ import main
 from kdlib.errors import KdlibError
 from kdlib.study import profiles, runner
 from kdlib.study.profiles import REPOSITORY
@@ -62,7 +63,7 @@ def test_a_grid_that_the_profile_does_not_have_is_refused_with_those_it_has(mine
 def test_the_executed_notebook_is_called_by_its_grid(mine, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(runner, "execute", lambda path, output, values: seen.append((path.stem, output, values["grid"])) or 0)
-    assert runner.main(["notebooks/21_grid.ipynb", "--profile", mine("depths", "widths"), "--set", "grid=widths"]) == 0
+    assert main(["run", "notebooks/21_grid.ipynb", "--profile", mine("depths", "widths"), "--set", "grid=widths"]) == 0
     folder = (tmp_path / "home" / "results" / "mine" / "executed").resolve()
     assert seen == [("21_grid", folder / "21_grid_widths.ipynb", "widths")]
-    assert runner.main(["21_grid", "--profile", mine("depths"), "--set", "grid=widths"]) == 2 and len(seen) == 1
+    assert main(["run", "21_grid", "--profile", mine("depths"), "--set", "grid=widths"]) == 2 and len(seen) == 1

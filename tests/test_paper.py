@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from kdlib.__main__ import main
 from kdlib.analysis import outputs, paper, report
 from kdlib.errors import KdlibError
 from kdlib.study import store
@@ -116,7 +117,7 @@ def test_latex_cannot_run_commands(tmp_path, latex):
 @pytest.mark.slow
 def test_the_command_ends_with_two_and_a_paragraph(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
-    assert paper.main(["--profile", "smoke"]) == 2
+    assert main(["paper", "--profile", "smoke"]) == 2
     told = capsys.readouterr().err.strip()
     assert "make paper PROFILE=smoke" in told and "\n" not in told
 
