@@ -34,9 +34,10 @@ import numpy as np
 import requests
 from transformers import PreTrainedTokenizerBase
 
+from kdlib.cache import answers
+from kdlib.cache.answers import KEY_VARIABLE
 from kdlib.errors import KdlibError
 
-KEY_VARIABLE = "KDLIB_SERVER_KEY"
 FIRST_WAIT, LONGEST_WAIT = 0.5, 120.0  # seconds between attempts
 ROUNDING = 1e-4  # by which a log-probability may exceed 0, or a row's mass 1
 NO_PROBABILITY = -9999.0  # what vLLM writes for minus infinity; llama.cpp writes the lowest float
@@ -81,7 +82,7 @@ class CompletionServer:
                 f"`url` must not contain a user name or password, since it is logged. Put a key into {KEY_VARIABLE}."
             )
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise KdlibError(f"`url` must be an address like http://localhost:8000, got {_short(url)!r}.")
+            raise KdlibError(f"`url` must be an address like http://localhost:8000, got {answers.short(url)!r}.")
         self.vocabulary = len(tokenizer)
         if not 1 <= top_k < self.vocabulary:
             raise KdlibError(f"`top_k` must be in 1..{self.vocabulary - 1}, below the vocabulary size, got {top_k}.")
@@ -106,7 +107,7 @@ class CompletionServer:
         Raises:
             KdlibError: no answer, or a model that is not served.
         """
-        offered = [name for entry in _get(self._ask("models"), "data", list) for name in _names(entry)]
+        offered = [name for entry in answers.field(self._ask("models"), "data", list) for name in answers.names(entry)]
         if self.model not in offered:
             raise self._error(
                 f"must offer the model {self.model!r}, got "
@@ -221,7 +222,7 @@ class CompletionServer:
             **more,
         }
         answer = self._ask("completions", request)
-        choices = _get(answer, "choices", list)
+        choices = answers.field(answer, "choices", list)
         if len(choices) != 1:
             raise self._error(f"must return one completion, got {len(choices)}.")
         usage = answer.get("usage")
@@ -233,11 +234,11 @@ class CompletionServer:
             )
         log_probabilities = choices[0].get("logprobs") if isinstance(choices[0], dict) else None
         try:
-            entries = _entries(log_probabilities)
+            entries = answers.entries(log_probabilities)
         except (KeyError, TypeError, ValueError, AttributeError):
             raise self._error(
                 "must return log-probabilities as OpenAI's completions (tokens, top_logprobs) or llama.cpp (content), got "
-                f"{_short(log_probabilities)}."
+                f"{answers.short(log_probabilities)}."
             ) from None
         if not entries:
             raise self._error(
@@ -257,7 +258,7 @@ class CompletionServer:
         values = np.array([value for _, value in candidates], np.float64)
         if ids.min() < 0 or ids.max() >= self.vocabulary or len(np.unique(ids)) < len(ids):
             raise self._error(
-                f"{where} different token ids in 0..{self.vocabulary - 1}, got {_short(ids.tolist())}. Serve a model with this tokenizer."
+                f"{where} different token ids in 0..{self.vocabulary - 1}, got {answers.short(ids.tolist())}. Serve a model with this tokenizer."
             )
         # Where the prompt's own token is not among the top_k, the server returns it in addition.
         best = np.argsort(-values, kind="stable")[: self.top_k]
@@ -327,11 +328,11 @@ class CompletionServer:
                     "GET" if body is None else "POST", url, json=body, timeout=self.timeout, allow_redirects=False
                 )
             except requests.RequestException as error:
-                problem = f"{type(error).__name__}: {_short(error)}"
+                problem = f"{type(error).__name__}: {answers.short(error)}"
             else:
                 if response.status_code == 200:
-                    return _parsed(response, url)
-                problem = f"HTTP {response.status_code}: {_short(response.text)}"
+                    return answers.parsed(response, url)
+                problem = f"HTTP {response.status_code}: {answers.short(response.text)}"
                 if response.status_code != 429 and response.status_code < 500:
                     raise KdlibError(f"The server refused {url}, got {problem}. {_advice(response.status_code)}")
                 problem += f". {NO_IDS}" if "valid string" in response.text else ""
@@ -371,54 +372,3 @@ def _retry_after(response: requests.Response) -> float:
         return (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
     except (ValueError, TypeError):
         return 0.0
-
-
-def _parsed(response: requests.Response, url: str) -> dict:
-    try:
-        answer = response.json()
-    except ValueError:
-        answer = None
-    if not isinstance(answer, dict):
-        raise KdlibError(
-            f"The answer of {url} must be a JSON object, got {_short(response.text)}. Give the address of an OpenAI-compatible server."
-        )
-    return answer
-
-
-def _get(answer: dict, key: str, expected: type):
-    if not isinstance(answer.get(key), expected):
-        raise KdlibError(
-            f"The server's answer must have a {expected.__name__} {key!r}, got {_short(answer)}. Use an OpenAI-compatible server."
-        )
-    return answer[key]
-
-
-def _names(entry: dict) -> list[str]:
-    return [entry["id"], *entry.get("aliases", [])] if isinstance(entry, dict) and "id" in entry else []
-
-
-def _entries(log_probabilities: dict | None) -> list[tuple]:
-    if not log_probabilities:
-        return []
-    if "content" in log_probabilities:  # llama.cpp: the format of chat completions, with ids
-        return [
-            (int(entry["id"]), [(int(one["id"]), float(one["logprob"])) for one in entry["top_logprobs"]])
-            for entry in log_probabilities["content"] or []
-        ]
-    candidates = [
-        [(_token(token), float(value)) for token, value in (one or {}).items()]
-        for one in log_probabilities["top_logprobs"] or []
-    ]
-    return list(zip(map(_token, log_probabilities["tokens"]), candidates, strict=True))
-
-
-def _token(name: str) -> int | str:
-    """The id in vLLM's ``token_id:17``, or the text itself."""
-    number = name.removeprefix("token_id:")
-    return int(number) if number != name and number.isdigit() else name
-
-
-def _short(value: object) -> str:
-    text = " ".join(str(value).split())
-    key = os.environ.get(KEY_VARIABLE)
-    return (text.replace(key, "***") if key else text)[:300]
