@@ -11,7 +11,6 @@ import nbformat
 import pytest
 import yaml
 
-from kdlib.analysis import outputs
 from kdlib.study.profiles import REPOSITORY
 
 BLOCK = re.compile(r"^```(python|diff)\n ?# (\S+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

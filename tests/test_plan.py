@@ -1,26 +1,27 @@
 import dataclasses
 import json
-import shlex
 import socket
-import subprocess
 
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kdlib.errors import KdlibError
-from kdlib.study import plan, profiles, runner, store
+from kdlib.study import design, plan, profiles, revisions, store
+from kdlib.study.kinds import kinds
+
+
+def forget():
+    for cached in (design.comparison, design.study, design.cells):
+        cached.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
-    for cached in (plan.study, design.cells, plan._identity):
-        cached.cache_clear()
+    forget()
     yield tmp_path
-    for cached in (plan.study, design.cells, plan._identity):
-        cached.cache_clear()
+    monkeypatch.undo()
+    forget()
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def mine(tmp_path):
     """Writes a variant of the smoke profile and returns its path."""
 
     def write(name="mine", **sections) -> str:
-        values = yaml.safe_load((profiles.REPOSITORY / "profiles" / "smoke.yaml").read_text())
+        values = profiles.read_yaml((profiles.REPOSITORY / "profiles" / "smoke.yaml").read_text(encoding="utf-8"))
         for section, changes in sections.items():
             values[section].update(changes)
         path = tmp_path / f"{name}.yaml"
@@ -43,30 +44,54 @@ def ids(profile: str, *kinds: str) -> set[str]:
 
 
 def test_the_smoke_study_is_the_comparison_it_asks_for():
-    labels = [step.label for step in plan.comparison("smoke")]
-    assert sorted(labels) == sorted(
-        ["corpus", "teacher scratch", "targets sampled"]
-        + [f"student {objective} seed {seed}" for objective in ("ce", "kd", "untrained") for seed in (1, 2)]
-        + [f"{objective} ensemble 1, {pool} pool" for objective in ("ce", "kd") for pool in ("probability", "logit")]
-        + ["untrained ensemble"]
+    labels = {step.label for step in design.study("smoke")}
+    wanted = {"corpus", "teacher scratch", "targets sampled"}
+    wanted |= {f"student {objective} seed {seed}" for objective in ("ce", "kd", "untrained") for seed in (1, 2)}
+    wanted |= {f"{name} ensemble 1, {pool} pool" for name in ("CE", "KD") for pool in ("probability", "logit")}
+    wanted |= {"untrained ensemble 1, probability pool"}
+    methods = profiles.load("smoke").study.methods
+    assert labels == wanted | {f"{name} 1, {pool} pool" for name in methods for pool in ("probability", "logit")}
+
+
+def test_every_entry_tells_which_part_its_run_plays(mine):
+    study = {"members": 2, "repeats": 2, "methods": {"half": {"method": "bagging", "share": 0.5, "student": {"objective": "ce"}}}}
+    entries = design.comparison(mine(study=study))
+    assert {(one.method, one.role, one.objective, one.pool, one.repeat) for one in entries} == (
+        {("teacher (from scratch)", "teacher", None, None, 1)}
+        | {(f"{name} student", "single", name.lower(), None, seed) for name in ("CE", "KD") for seed in (1, 2, 3, 4)}
+        | {
+            (f"{name} ({pool} pool)", "ensemble", objective, pool, repeat)
+            for name, objective in (("CE ensemble", "ce"), ("KD ensemble", "kd"), ("half", "ce"))
+            for pool in ("probability", "logit")
+            for repeat in (1, 2)
+        }
+        | {("untrained ensemble", "ensemble", "untrained", "probability", 1)}
     )
+    assert len({one.step.id for one in entries}) == len(entries)
+    singles = {(one.objective, one.repeat): one.step.id for one in entries if one.role == "single"}
+    for one in entries:
+        members = {name: run.id for name, run in one.step.inputs.items() if name.startswith("member ")}
+        assert set(members.values()) == {member.id for member in one.members} and bool(members) is (one.role == "ensemble")
+        assert [member.parameters.seed for member in one.members] == [2 * one.repeat - 1, 2 * one.repeat] * bool(members)
+        if one.method.startswith(("CE ensemble", "KD ensemble")):
+            assert [member.id for member in one.members] == [singles[one.objective, member.parameters.seed] for member in one.members]
+    half = [one for one in entries if one.method.startswith("half")]
+    assert {str(member.parameters.text) for one in half for member in one.members} == {
+        str({"bagged": {"share": 0.5, "seed": seed}}) for seed in (1, 2, 3, 4)
+    }
 
 
 def test_upstream_comes_first_and_nothing_twice():
     seen = set()
-    for step in plan.comparison("smoke"):
+    for step in design.study("smoke"):
         assert {upstream.id for upstream in step.inputs.values()} <= seen
         assert step.id not in seen
         seen.add(step.id)
 
 
 def test_pools_of_repeats_share_no_member(mine):
-    steps = [
-        step
-        for step in plan.comparison(mine(study={"members": 2, "repeats": 2}))
-        if step.label.startswith("kd ensemble")
-    ]
-    assert [step.parameters.seeds for step in steps if step.parameters.pool == "logit"] == [[1, 2], [3, 4]]
+    found = [one for one in design.comparison(mine(study={"members": 2, "repeats": 2})) if one.method.startswith("KD ensemble")]
+    assert [one.step.parameters.seeds for one in found if one.pool == "logit"] == [[1, 2], [3, 4]]
 
 
 def test_neither_the_profiles_name_nor_speed_settings_make_other_runs(mine):
@@ -76,7 +101,7 @@ def test_neither_the_profiles_name_nor_speed_settings_make_other_runs(mine):
 def group(step) -> str:
     """Runs that depend on the same things: those that learn from the teacher's targets, and those that do not."""
     if step.kind in ("student", "ensemble"):
-        return f"kd {step.kind}" if " kd " in f" {step.label} " else f"other {step.kind}"
+        return f"{'kd' if any(one.kind == 'targets' for one in step.upstream()) else 'other'} {step.kind}"
     return step.kind
 
 
@@ -97,35 +122,33 @@ def group(step) -> str:
 )
 def test_a_changed_setting_remakes_what_depends_on_it_and_nothing_else(mine, section, change, remade):
     after = ids(mine(**{section: change}))
-    found = {group(step) for step in plan.comparison("smoke") if step.id not in after}
+    found = {group(step) for step in design.study("smoke") if step.id not in after}
     assert found == {name.replace("_", " ") for name in remade.split()}
 
 
-@pytest.mark.parametrize("module", ["corpus", "models", "training", "cache", "ensemble"])
-def test_edited_code_remakes_the_runs_it_shapes_and_what_reads_them(monkeypatch, module):
-    before = {step.label: step for step in plan.comparison("smoke")}
-    monkeypatch.setattr(
-        plan, "code_versions", lambda modules: {one: "edited" if one == module else "r1" for one in modules}
-    )
-    versions = {step.label: (step.settings["code"], step.id) for step in plan.comparison("smoke")}
-    monkeypatch.setattr(plan, "code_versions", lambda modules: dict.fromkeys(modules, "r1"))
-    remade = {step.label for step in plan.comparison("smoke") if step.id != versions[step.label][1]}
-
-    def expected(step) -> bool:
-        return module in plan.CODE[step.kind] or any(expected(upstream) for upstream in step.inputs.values())
-
-    assert remade == {label for label, step in before.items() if expected(step)} != set()
+@pytest.mark.parametrize("kind", [name for name in kinds() if name != "scores"])
+def test_edited_code_remakes_the_runs_it_shapes_and_what_reads_them(monkeypatch, kind):
+    grids = ("targets",)
+    before = design.study("smoke", grids)
+    monkeypatch.setattr(plan, "code_version", lambda one: "edited" if one == kind else revisions.code_version(one))
+    forget()
+    after = design.study("smoke", grids)
+    assert sorted(step.label for step in before) == sorted(step.label for step in after)
+    kept = {step.id for step in before} & {step.id for step in after}
+    expected = {step.id for step in before if kind not in {one.kind for one in step.upstream()}}
+    assert kept == expected and len(kept) < len(before)
 
 
 def test_what_a_profile_sets_for_one_objective_does_not_stand_in_the_way_of_the_others(mine):
-    student = {"objective": "online_kd", "divergence": "jsd", "divergence_options": {"beta": 0.2}, "feature": "relation"}
+    student = {"objective": "online_kd", "divergence": {"jsd": {"beta": 0.2}}, "features": {"on": "relation"}}
     profile = mine(student=student, targets={"kind": "topk"})
-    students = {step.parameters.objective: step for step in plan.comparison(profile) if step.kind == "student"}
-    plain = {step.parameters.objective: step for step in plan.comparison("smoke") if step.kind == "student"}
+    students, plain = (
+        {one.objective: one.step for one in design.comparison(name) if one.role == "single"} for name in (profile, "smoke")
+    )
     assert students["ce"].id == plain["ce"].id
-    with pytest.raises(KdlibError, match="divergence jsd cannot be computed from targets of kind sampled"):
-        plan.comparison(mine("other", student={"divergence": "jsd"}))
-    with pytest.raises(KdlibError, match="divergence jsd needs a teacher"):
+    with pytest.raises(KdlibError, match="Targets of divergence jsd must be of kind topk or dense, got sampled"):
+        design.study(mine("other", student={"divergence": "jsd"}))
+    with pytest.raises(KdlibError, match="objective must be kd or online_kd for a divergence, got ce with jsd"):
         profiles.parameters("04_student", profile, objective="ce", divergence="jsd")
 
 
@@ -173,13 +196,12 @@ def test_a_grid_is_part_of_the_study_once_it_was_asked_for(mine, home):
 @pytest.mark.parametrize(
     ("grids", "told"),
     [
-        ({}, "has no grid 'losses' under study: grids; found none"),
-        ({"data": {"seeds": [1], "students": {"a": {}}}}, "has no grid 'losses' under study: grids; found data"),
-        ({"losses": {"seeds": [1], "students": {"a": {"layers": 2}, "b": {"layers": 2}}}}, "'b' and 'a' are one and the same"),
-        ({"losses": {"seeds": [1, 1], "students": {"a": {}}}}, "'a' and 'a' are one and the same"),
+        ({}, r"grid must be one of .*grids \(none\), got 'losses'"),
+        ({"data": {"seeds": [1], "students": {"a": {}}}}, r"grid must be one of .*grids \(data\), got 'losses'"),
+        ({"losses": {"seeds": [1], "students": {"a": {"layers": 2}, "b": {"layers": 2}}}}, "must be different students, got 'b' and 'a' alike"),
+        ({"losses": {"seeds": [1, 1], "students": {"a": {}}}}, "must be different students, got 'a' and 'a' alike"),
         ({"losses": {"seeds": [1], "students": {"a": {"layer": 2}}}}, "Unknown parameter 'layer'.*Did you mean 'layers'"),
         ({"losses": {"seeds": [1]}}, "a grid needs students, or parameters to vary"),
-        ({"loses": {"seeds": [1], "students": {"a": {}}}}, "loses.*Input should be 'targets'"),
     ],
 )
 def test_a_grid_that_cannot_be_made_is_refused_before_anything_runs(mine, grids, told):
@@ -213,9 +235,9 @@ def test_fresh_draws_are_one_cache_a_student_and_one_pass_of_the_teacher():
     members = profiles.parameters("05_ensemble", "smoke", student={"targets": {"source": "dense"}, "fresh_draws": True})
     assert len({step.inputs["targets"].id for name, step in plan.step(members).inputs.items() if name != "corpus"}) == 2
     for targets in ({}, {"kind": "topk", "source": "dense"}, {"kind": "dense"}):
-        with pytest.raises(KdlibError, match="expected targets with source dense and kind sampled or topk_sampled, found"):
+        with pytest.raises(KdlibError, match="must have source dense and kind sampled or topk_sampled, got"):
             student(1, targets=targets)
-    with pytest.raises(KdlibError, match="fresh_draws are of cached targets"):
+    with pytest.raises(KdlibError, match="objective must be kd for fresh_draws, got ce"):
         student(1, objective="ce", targets={})
 
 
@@ -230,7 +252,7 @@ def test_targets_from_outside_count_by_what_they_are_and_not_by_where(tmp_path):
     here, there, other = (targets(source).id for source in ("http://here:1#m", "https://there/v1#m", "http://here:1#n"))
     assert here == there != other
     assert targets("http://here:1#m").inputs.keys() == {"corpus"}
-    with pytest.raises(KdlibError, match="expected kind topk and temperature 1, found sampled"):
+    with pytest.raises(KdlibError, match="must have kind topk and temperature 1, got sampled"):
         profiles.parameters("03_targets", "smoke", source="http://here:1#m")
     with pytest.raises(KdlibError, match="Unknown source"):
         assert targets(str(tmp_path / "missing.h5")).id
@@ -259,24 +281,31 @@ def test_a_file_of_targets_is_known_by_its_whole_path(tmp_path, monkeypatch):
         ({"objective": "ce"}, {"corpus"}),
         ({"objective": "kd"}, {"corpus", "targets"}),
         ({"objective": "kd", "initialisation": "embeddings"}, {"corpus", "targets", "teacher"}),
-        ({"objective": "ce", "text": "teacher"}, {"corpus", "teacher"}),
-        (
-            {"objective": "ce", "selection": {"by": "teacher_nll", "mode": "highest", "share": 0.5}},
-            {"corpus", "targets"},
-        ),
-        ({"objective": "ce", "selection": {"by": "student_nll", "mode": "lowest", "share": 0.5}}, {"corpus", "scorer"}),
-        ({"objective": "online_kd", "feature": "relation"}, {"corpus", "teacher"}),
+        ({"objective": "ce", "text": "generated"}, {"corpus", "writer"}),
+        ({"objective": "ce", "text": "uniform"}, {"corpus"}),
+        ({"objective": "ce", "text": {"bagged": {"share": 0.5, "seed": 1}}}, {"corpus"}),
+        ({"objective": "ce", "text": {"selected": {"measure": "nll", "mode": "highest", "share": 0.5}}}, {"corpus", "scores"}),
+        ({"objective": "ce", "text": {"selected": {"mode": "random", "share": 0.5}}}, {"corpus"}),
+        ({"objective": "online_kd", "features": {"on": "relation"}}, {"corpus", "teacher"}),
     ],
 )
 def test_a_student_reads_what_its_settings_ask_for(changes, inputs):
     assert plan.step(profiles.parameters("04_student", "smoke", **changes)).inputs.keys() == inputs
 
 
-def test_what_a_profiles_sections_say_does_not_lead_in_circles(mine):
-    by_student = {"by": "student_nll", "mode": "highest", "share": 0.5}
-    profile = mine("chosen", student={"selection": {"mode": "random", "share": 0.5}})
-    chosen = plan.step(profiles.parameters("04_student", profile, selection=by_student))
-    assert chosen.inputs["scorer"].parameters.selection is None
+def test_what_chooses_text_is_scored_once_for_all_that_choose_by_it():
+    def chosen(**changes):
+        by = {"measure": "nll", "mode": "highest", "share": 0.5, "by": {"student": {"objective": "ce", "seed": 1}}, **changes}
+        return plan.step(profiles.parameters("04_student", "smoke", objective="ce", seed=3, text={"selected": by}))
+
+    one, other = chosen(), chosen(mode="lowest", share=0.4)
+    assert one.id != other.id and one.inputs["scores"].id == other.inputs["scores"].id
+    assert one.inputs["scores"].inputs["scorer"].label == "student ce seed 1"
+    assert chosen(measure="entropy").inputs["scores"].id != one.inputs["scores"].id
+    assert chosen(by=None).inputs["scores"].inputs["scorer"].kind == "targets"
+
+
+def test_dense_targets_to_draw_from_come_from_the_teacher_whatever_the_section_says(mine):
     profile = mine("redrawn", targets={"kind": "topk", "source": "http://here:1#m"})
     redrawn = plan.step(profiles.parameters("03_targets", profile, source="dense"))
     assert redrawn.inputs["dense"].parameters.source == "teacher"
@@ -285,8 +314,8 @@ def test_what_a_profiles_sections_say_does_not_lead_in_circles(mine):
 def test_a_schedule_that_cross_entropy_does_not_read_makes_no_other_student():
     schedule = {"shape": "linear", "start": 1, "end": 0}
     plain, scheduled = (
-        plan.step(profiles.parameters("04_student", "smoke", objective="ce", kd_weight_schedule=one)).id
-        for one in (None, schedule)
+        plan.step(profiles.parameters("04_student", "smoke", objective="ce", kd_weight=one)).id
+        for one in (0.9, schedule)
     )
     assert plain == scheduled
 
@@ -307,78 +336,72 @@ def test_targets_that_cannot_serve_a_divergence_are_refused_before_anything_runs
     if served:
         assert plan.step(values).inputs["targets"].parameters.kind == kind
     else:
-        with pytest.raises(KdlibError, match=f"{divergence} cannot be computed from targets of kind {kind}"):
+        with pytest.raises(KdlibError, match=f"Targets of divergence {divergence} must be of kind .*, got {kind}"):
             plan.step(values)
 
 
 @pytest.mark.parametrize("objective", ["kd", "ce"])
 def test_targets_of_another_temperature_than_the_students_are_refused_before_anything_runs(objective):
     def student(**changes):
-        selection = {"by": "teacher_nll", "mode": "highest", "share": 0.5}
+        text = {"selected": {"measure": "nll", "mode": "highest", "share": 0.5}}
         return plan.step(
-            profiles.parameters("04_student", "smoke", objective=objective, selection=selection, **changes)
+            profiles.parameters("04_student", "smoke", objective=objective, text=text, **changes)
         )
 
     with pytest.raises(
-        KdlibError, match="student has temperature 1.0, and its targets would be kept at 2.0.*Leave temperature"
+        KdlibError, match=r"temperature of targets must be the student's \(1.0\), got 2.0. Leave it out, or use kind dense"
     ):
         student(targets={"temperature": 2.0})
-    assert student(targets={"temperature": 2.0}, temperature=2.0).inputs["targets"].parameters.temperature == 2
-    assert student(targets={"temperature": 2.0, "kind": "dense"}).inputs["targets"]
+    one = student(targets={"temperature": 2.0}, temperature=2.0)
+    assert one.inputs["scores"].inputs["scorer"].parameters.temperature == 2
+    assert student(targets={"temperature": 2.0, "kind": "dense"}).inputs["scores"].inputs["scorer"].parameters.kind == "dense"
 
 
-def test_sources_are_part_of_the_corpus_they_make(monkeypatch):
-    before = {step.kind: step.id for step in design.study("smoke")}
-    plan.study.cache_clear()
-    plan._identity.cache_clear()
-    monkeypatch.setattr(plan.sources, "identity", lambda source: "another file")
-    assert {step.kind: step.id for step in design.study("smoke")}["corpus"] != before["corpus"]
+def test_sources_are_part_of_the_corpus_they_make_and_so_of_all_that_reads_it(monkeypatch):
+    before = ids("smoke")
+    forget()
+    monkeypatch.setattr(kinds()["corpus"], "downloads", lambda values: {"speeches": "another file"})
+    assert not ids("smoke") & before and ids("smoke")
 
 
-@pytest.mark.parametrize("profile", ["smoke", "quick", "laptop", "gpu", "babylm", "paper"])
-def test_the_command_of_every_step_makes_that_very_step(profile):
-    for step in design.study(profile, design.begun(profile, ["all"])):
-        words = shlex.split(plan.command(step))
-        assert words[:3] == ["python", "-m", "kdlib.study.runner"]
-        options = runner._options(words[3:])
-        values = profiles.parameters(
-            options.notebook.removeprefix("notebooks/").removesuffix(".ipynb"),
-            options.profile,
-            **runner.changes(options.set),
-        )
-        assert plan.step(values).id == step.id
+@pytest.mark.parametrize("profile", profiles.available())
+def test_every_planned_run_is_found_by_its_id(profile):
+    grids = design.begun(profile, ["all"])
+    for step in design.study(profile, grids)[::7]:
+        assert design.find(profile, step.id).id == step.id
+    shared = [step for step in design.study(profile, grids) if step.label == "corpus"]
+    assert design.find(profile, "corpus").id == shared[0].id and len(shared) == 1
 
 
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
-VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=6
-)
+def test_a_label_that_several_runs_have_names_none(mine):
+    study = {"methods": {"half": {"method": "bagging", "share": 0.5}}}
+    with pytest.raises(KdlibError, match="'student kd seed 1' must name one run, got student-.*, student-.*Give the id"):
+        design.find(mine(study=study), "student kd seed 1")
+    with pytest.raises(KdlibError, match="'student kd seed 99' must be the id or label of a run that profile .*kdlib list --runs"):
+        design.find("smoke", "student kd seed 99")
 
 
-@settings(deadline=None)
-@given(VALUES)
-def test_a_value_on_a_command_line_is_read_back_as_it_was(value):
-    text = plan._yaml(value)
-    assert text.isascii()
-    # As text, since 1, 1.0 and True are equal, and so are mappings in another order.
-    assert repr(runner.changes(shlex.split(shlex.join([f"a={text}"])))["a"]) == repr(value)
+def test_shares_of_a_study_are_all_of_it_and_do_not_overlap(home):
+    grids = ["targets"]
+    parts = [design.share("smoke", grids, None, f"{part}/3") for part in range(3)]
+    found = [step.id for part in parts for step in part]
+    assert sorted(found) == sorted(step.id for step in design.study("smoke", ("targets",))) and len(set(found)) == len(found)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert {step.kind for step in design.share("smoke", grids, ["teacher", "corpus"], "0/1")} == {"teacher", "corpus"}
+    assert store.grids("smoke") == grids, "the plan is kept beside the results"
 
 
-def test_small_numbers_and_any_script_pass_through_a_shell(mine):
-    student = {
-        "learning_rate": 5e-05,
-        "learning_rate_multipliers": {"mlp": 3e-05, "é😀'$HOME": 1e22, "of": 1.0, "": 0.5},
-    }
-    one = plan.step(profiles.parameters("05_ensemble", mine(), student=student))
-    printed = plan.command(one).replace("python -m kdlib.study.runner", r"printf '%s\n'", 1)
-    passed = subprocess.run(["sh", "-c", printed], capture_output=True, text=True, check=True).stdout
-    options = runner._options(passed.splitlines())
-    assert runner.changes(options.set) == {"student": student}
-    assert plan.step(profiles.parameters("05_ensemble", options.profile, **runner.changes(options.set))).id == one.id
+@pytest.mark.parametrize("part", ["1/1", "2/2", "1", "a/2", "-1/2", "0/0", "", "1/2/3"])
+def test_a_share_that_is_none_is_refused(part, home):
+    with pytest.raises(KdlibError, match="--share must be I/N with I from 0 to N - 1"):
+        design.share("smoke", [], None, part)
+    with pytest.raises(KdlibError, match="--kinds must be among corpus, .*got studnet"):
+        design.share("smoke", [], ["studnet"], "0/1")
+    assert not (home / "results").exists()
 
 
 @pytest.mark.parametrize("stages", [False, True])
-def test_the_order_of_multipliers_makes_another_student_and_its_command_tells_it(mine, stages):
+def test_the_order_of_multipliers_makes_another_student(mine, stages):
     # The profile's file has them in the order of their names.
     orders = {"layers.0": 0.1, "mlp": 1.0}, {"mlp": 1.0, "layers.0": 0.1}
 
@@ -390,8 +413,7 @@ def test_the_order_of_multipliers_makes_another_student_and_its_command_tells_it
     one, other = (plan.step(profiles.parameters("04_student", profile, **student(order))) for order in orders)
     assert one.id != other.id
     for step in (one, other):
-        changes = runner.changes(runner._options(shlex.split(plan.command(step))[3:]).set)
-        assert plan.step(profiles.parameters("04_student", profile, **changes)).id == step.id
+        assert plan.step(profiles.parameters("04_student", profile, **step.parameters.model_dump(mode="json"))).id == step.id
 
 
 @pytest.mark.parametrize("profile", profiles.available())
@@ -406,22 +428,22 @@ def test_a_study_is_planned_without_network(profile, monkeypatch, tmp_path):
 
 
 def test_a_mix_of_domains_that_the_corpus_lacks_is_refused_before_anything_runs():
-    selection = {"mode": "random", "share": 0.5, "domains": {"speeches": 1, "poems": 2}}
-    with pytest.raises(KdlibError, match="names the domains poems.*expected some of speeches, country"):
-        plan.step(profiles.parameters("04_student", "smoke", selection=selection))
+    text = {"selected": {"mode": "random", "share": 0.5, "domains": {"speeches": 1, "poems": 2}}}
+    with pytest.raises(KdlibError, match="domains of a selection must be among speeches, country, got poems"):
+        plan.step(profiles.parameters("04_student", "smoke", text=text))
 
 
 def test_a_missing_run_is_told_with_the_command_that_makes_it():
     step = plan.step(profiles.parameters("04_student", "smoke", seed=3))
     with pytest.raises(
         KdlibError,
-        match=f"{step.id} .student kd seed 3. has not been made yet. Make it with: python -m kdlib.study.runner .*seed=3",
+        match=f"{step.id} .student kd seed 3. has not been made yet. Make it with: kdlib make {step.id} --profile smoke",
     ):
         step.run()
 
 
 def test_parameters_that_describe_no_run_are_refused():
-    with pytest.raises(KdlibError, match="AnalysisParameters describes no run"):
+    with pytest.raises(KdlibError, match="parameters must be of a run .*, got AnalysisParameters"):
         plan.step(profiles.parameters("10_objectives", "smoke"))
 
 
@@ -429,7 +451,8 @@ def test_the_written_plan_names_every_run_and_stays_untouched_while_true(home):
     design.write("smoke")
     path = home / "results" / "smoke" / "plan.json"
     written = json.loads(path.read_text())
-    assert [entry["id"] for entry in written["runs"]] == [step.id for step in plan.comparison("smoke")]
+    assert [entry["id"] for entry in written["runs"]] == [step.id for step in design.study("smoke")]
+    assert written["entries"] == [entry.record() for entry in design.comparison("smoke")] and "grids" not in written
     before = path.stat()
     design.write("smoke")
     assert path.stat().st_mtime_ns == before.st_mtime_ns and path.stat().st_ino == before.st_ino
@@ -437,13 +460,12 @@ def test_the_written_plan_names_every_run_and_stays_untouched_while_true(home):
 
 def test_a_plan_that_is_no_longer_true_is_written_anew(home, monkeypatch):
     design.write("smoke")
-    fewer = plan.comparison("smoke")[:3]
-    monkeypatch.setattr(plan, "comparison", lambda profile: fewer)
+    fewer = design.comparison("smoke")[:3]
+    monkeypatch.setattr(design, "comparison", lambda profile: fewer)
     design.write("smoke")
-    assert [entry["id"] for entry in store.read_json(home / "results" / "smoke" / "plan.json")["runs"]] == [
-        step.id for step in fewer
-    ]
-    monkeypatch.undo()
+    written = store.read_json(home / "results" / "smoke" / "plan.json")
+    assert [one["run"] for one in written["entries"]] == [entry.step.id for entry in fewer]
+    assert [one["id"] for one in written["runs"]] == [one.id for one in plan.with_upstream([entry.step for entry in fewer])]
 
 
 def test_a_step_cannot_be_changed_after_its_id_is_known():

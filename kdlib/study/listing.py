@@ -57,7 +57,9 @@ def _words(kind: Any) -> str:
 
 def _limits(metadata: Any) -> str:
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    found = [f"{sign} {getattr(one, name):g}" for one in metadata for name, sign in signs.items() if getattr(one, name, None) is not None]
+    # Of a type inside another one, the limits are still in the Field that set them.
+    plain = [limit for one in metadata for limit in (one.metadata if isinstance(one, FieldInfo) else [one])]
+    found = [f"{sign} {getattr(one, name):g}" for one in plain for name, sign in signs.items() if getattr(one, name, None) is not None]
     return f" {' and '.join(found)}" if found else ""
 
 
