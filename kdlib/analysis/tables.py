@@ -18,14 +18,19 @@ from kdlib.errors import KdlibError
 BEST = "★"
 UNITS = {
     "A − B": "nats/token",
+    "Ambiguity": "nats/token",
     "Angle, trained": "°",
     "Angle, untrained": "°",
+    "Best member": "nats/token",
     "Calibrated NLL": "nats/token",
+    "Entropy": "nats",
     "Interval": "nats/token",
     "KL to teacher": "nats/token",
+    "Members on average": "nats/token",
     "NLL": "nats/token",
     "Out of domain": "NLL, nats/token",
     "Standard error": "nats/token",
+    "Together": "nats/token",
     "Validation NLL": "nats/token",
 }
 TEXTS = {"test": "test", "ood": "out of domain", "validation": "validation", "calibration": "calibration"}
