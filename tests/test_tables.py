@@ -116,3 +116,15 @@ def test_the_frame_is_left_as_it_is():
     before = FRAME.copy()
     tables.show(FRAME, COLUMNS, best="nll")
     pd.testing.assert_frame_equal(FRAME, before)
+
+
+def test_an_evaluation_is_shown_text_by_text_whatever_the_order_of_its_metrics():
+    one = {"nll": 5.0, "perplexity": 148.41, "bits_per_byte": 2.5, "accuracy": 0.125, "ece": 0.02, "nll_calibrated": 4.9}
+    found = tables.evaluation({"validation": one, "ood": one | {"nll": 6.0}, "test": one})
+    assert [row[:2] for row in found.body] == [["test", "5.000"], ["out of domain", "6.000"], ["validation", "5.000"]]
+    assert found.headings[1] == "NLL (nats/token)" and found.body[0][2:] == ["148.4", "2.500", "12.5%", "0.020", "4.900"]
+
+
+def test_facts_are_shown_as_they_are_written():
+    found = tables.facts({"Tokens": "1,000", "Kept": "in <two> files"})
+    assert Cells(found._repr_html_()).rows == [["What", "Value"], ["Tokens", "1,000"], ["Kept", "in <two> files"]]

@@ -18,16 +18,22 @@ from kdlib.errors import KdlibError
 BEST = "★"
 UNITS = {
     "A − B": "nats/token",
+    "Ambiguity": "nats/token",
     "Angle, trained": "°",
     "Angle, untrained": "°",
+    "Best member": "nats/token",
     "Calibrated NLL": "nats/token",
+    "Entropy": "nats",
     "Interval": "nats/token",
     "KL to teacher": "nats/token",
+    "Members on average": "nats/token",
     "NLL": "nats/token",
     "Out of domain": "NLL, nats/token",
     "Standard error": "nats/token",
+    "Together": "nats/token",
     "Validation NLL": "nats/token",
 }
+TEXTS = {"test": "test", "ood": "out of domain", "validation": "validation", "calibration": "calibration"}
 _WIDEST = 32  # characters of a cell of words before it is wrapped
 
 
@@ -111,6 +117,19 @@ def show(frame: pd.DataFrame, columns: dict[str, str], best: str | None = None, 
         first = list(frame[best] == (frame[best].min() if lowest else frame[best].max()))
     body = [[f"{BEST} {cells[0]}", *cells[1:]] if star else cells for cells, star in zip(body, first, strict=True)]
     return Shown([f"{name} ({UNITS[name]})" if name in UNITS else name for name in columns], body, first)
+
+
+def evaluation(measured: dict[str, dict[str, float]]) -> Shown:
+    """What a model reached on each text, from the ``evaluation`` among its run's metrics."""
+    rows = [{"text": text} | measured[split] for split, text in TEXTS.items() if split in measured]
+    columns = {"Text": "{text}", "NLL": "{nll:.3f}", "Perplexity": "{perplexity:.1f}", "Bits per byte": "{bits_per_byte:.3f}"}
+    columns |= {"Accuracy": "{accuracy:.1%}", "ECE": "{ece:.3f}", "Calibrated NLL": "{nll_calibrated:.3f}"}
+    return show(pd.DataFrame(rows), columns)
+
+
+def facts(told: dict[str, str]) -> Shown:
+    """A few things and their values, a line each, as they are written."""
+    return Shown(["What", "Value"], [[what, value] for what, value in told.items()], [False] * len(told))
 
 
 def _refuse_unknown(names: set[str], frame: pd.DataFrame) -> None:

@@ -85,6 +85,10 @@ class GridParameters(AnalysisParameters):
 class TourParameters(Parameters):
     """``00_tour``: the whole idea on a handful of documents."""
 
+    sentence: str = Field(
+        "The people of the United States have a right to peace and to justice.", min_length=1, description="read by every model"
+    )
+
 
 def whole_path(source: Any) -> Any:
     """A path of a file as it is from any working folder: a run may be made from another than it is asked for in."""
