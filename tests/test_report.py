@@ -15,8 +15,8 @@ import synthetic_results
 
 from kdlib.analysis import accounts, comparison, figures, grids, outputs, panels, report
 from kdlib.errors import KdlibError
-from kdlib.study import store
-from kdlib.study.profiles import NOTEBOOKS, REPOSITORY
+from kdlib.study import profiles, store
+from kdlib.study.profiles import REPOSITORY
 
 GENERATED = re.compile(r"<!-- (\w+):begin -->.*?<!-- \1:end -->", re.DOTALL)
 
@@ -68,7 +68,7 @@ def test_the_rule_lets_lengths_code_and_lookups_pass(allowed, kind):
     assert literals(r"\begin{document} " + allowed if kind == "latex" else allowed, kind) == []
 
 
-READERS = [name for name, (_, section) in NOTEBOOKS.items() if section == "analysis"]
+READERS = [name for name, (_, section) in profiles.notebooks().items() if section == "analysis"]
 TEXTS = [path for path in sorted((REPOSITORY / "paper").glob("*.tex")) if path.stem != "references"]
 
 
