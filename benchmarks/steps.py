@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from kdlib.cache import Kind, ModelTeacher, TargetCache, write_targets
 from kdlib.data import corpus
+from kdlib.data.text import TrainingText
 from kdlib.losses import DenseTargets, SparseTargets, fused, linear_distillation_loss
 from kdlib.study import store
 from kdlib.study.parameters import TrainingParameters
@@ -230,7 +231,7 @@ def share_of_products(data: corpus.Split, rounds: int) -> list[dict]:
     )  # fmt: skip
     turns = Turns(products(16 * LENGTH))
     with tempfile.TemporaryDirectory() as folder:
-        trainer = DistillationTrainer(student(), values, data, index, Path(folder))
+        trainer = DistillationTrainer(student(), values, TrainingText(data), index, Path(folder))
         trainer.add_callback(turns)
         trainer.fit()
     a, b = statistics.median(turns.steps), statistics.median(turns.others[3:])

@@ -319,12 +319,10 @@ def test_padding_contributes_nothing(tmp_path):
 )
 def test_a_row_with_other_tokens_than_those_cached_is_refused_by_name(tmp_path, change):
     targets, row = cached(tmp_path / "targets", SAMPLED), change(ROWS[4])
-    message = (
-        rf"Row 1 of the batch \({len(row)} tokens, \[{row[0]}, {row[1]}.*must be one of the rows cached in .*targets"
-    )
+    message = rf"Row 1 of the batch must equal a row cached in .*targets, got {len(row)} tokens, \[{row[0]}, {row[1]}"
     with pytest.raises(KdlibError, match=message):
         TargetCollator(targets, 0)([{"input_ids": ROWS[0]}, {"input_ids": row}])
-    with pytest.raises(KdlibError, match="must be one of the rows cached"):
+    with pytest.raises(KdlibError, match="must equal a row cached"):
         step(tmp_path, targets, dataset([*ROWS[:4], row]))
 
 
@@ -424,8 +422,8 @@ def test_a_killed_writer_goes_on_where_it_stopped_and_a_finished_one_asks_no_tea
         ([[1, 2], [3, 29]], "Row 1 must hold token ids from 0 to 28, got 3 to 29"),
         ([[1, -100], [3, 2]], "Row 0 must hold .* got -100 to 1"),
         ([[1, 2**32 + 1]], f"Row 0 must hold .* got 1 to {2**32 + 1}"),
-        ([[1], [2]], "at least two tokens.* got 2 rows"),
-        ([], "at least two tokens.* got 0 rows"),
+        ([[1], [2]], "must have two tokens.* got 2 rows"),
+        ([], "must have two tokens.* got 0 rows"),
         (["some text"], "must be token ids, got <U9"),
         ([[0.5, 1]], "must be token ids, got float64"),
         (Dataset.from_dict({"text": ["some text"]}), "must have a column input_ids, got text"),
@@ -443,20 +441,20 @@ def test_targets_of_other_rows_another_order_or_another_teacher_are_refused(tmp_
     for rows in (ROWS[::-1], ROWS[:-1], make_rows(seed=1)):
         with pytest.raises(KdlibError, match="differ in guard"):
             cached(tmp_path, SAMPLED, rows)
-        with pytest.raises(KdlibError, match="are of other rows than these"):
+        with pytest.raises(KdlibError, match="must be those cached in"):
             DatasetTargets(tmp_path, rows)
     with pytest.raises(KdlibError, match="differ in weights_sha256"):
         cached(tmp_path, SAMPLED, teacher=make_model(STUDENT))
     with pytest.raises(KdlibError, match="differ in guard, block_length"):
         cached(tmp_path, SAMPLED, block_length=8)
-    with pytest.raises(KdlibError, match=r"cannot serve 2\.0"):
+    with pytest.raises(KdlibError, match=r"got 2\.0"):
         DatasetTargets(tmp_path, ROWS, 2.0)
 
 
 def test_a_loss_that_the_targets_cannot_serve_is_refused_at_once(tmp_path):
     targets = cached(tmp_path, SAMPLED)
     for settings, message in [
-        ({"kd_weight": 1.5}, r"`kd_weight` must lie in 0\.\.1, got 1\.5"),
+        ({"kd_weight": 1.5}, r"`kd_weight` must be in 0\.\.1, got 1\.5"),
         ({"temperature": 2.0}, r"`temperature` must be that of the targets, 1\.0, got 2\.0"),
         ({"divergence": "kl"}, "`divergence` must be one of forward_kl.* got 'kl'"),
     ]:

@@ -15,7 +15,6 @@ from kdlib.losses import SparseTargets
 from kdlib.losses.divergences import (
     DENSE_ONLY,
     DIVERGENCES,
-    ON_OUTCOMES,
     coarse,
     divergence_loss,
     forward_kl,
@@ -30,6 +29,7 @@ from kdlib.losses.divergences import (
     tvd,
 )
 from kdlib.losses.reference import sparse_kl
+from kdlib.study.divergences import ON_OUTCOMES
 
 TOKENS, VOCABULARY = 7, 11
 # Groups of 3 leave a last group of one token.
@@ -45,7 +45,7 @@ CASES = {
     "sinkhorn": {"group": 3, "regularisation": 0.5, "iterations": 8},
     "mutual_information": {"group": 3, "critic_temperature": 0.3},
 }
-OF_OUTCOMES = [loss.__name__ for loss in ON_OUTCOMES]
+OF_OUTCOMES = ["forward_kl", *ON_OUTCOMES]
 OF_ROWS = [loss.__name__ for loss in DENSE_ONLY]
 TRUE_DIVERGENCES = [*OF_OUTCOMES, "logit_mse"]
 KL_LIKE = [name for name in OF_OUTCOMES if name != "tvd"]

@@ -108,7 +108,7 @@ class Rows:
 
 def test_a_few_rows_are_held_at_a_time(path, monkeypatch):
     monkeypatch.setattr(exchange, "CHUNK", 2**7)
-    monkeypatch.setattr(exchange, "STEP", 2**9)
+    monkeypatch.setattr(exchange, "BATCH", 2**9)
     asked = []
     arrays = make(n=1000)
     export_top_k(path, *(Rows(values, asked) for values in arrays), vocabulary=VOCABULARY)
@@ -130,7 +130,7 @@ def test_a_range_of_rows_is_read_alone(first, last, path):
 @pytest.mark.parametrize(("first", "last"), [(-1, 5), (5, 4), (0, 301)])
 def test_a_range_outside_the_file_is_refused(first, last, path):
     export_top_k(path, *make(), vocabulary=VOCABULARY)
-    with pytest.raises(KdlibError, match=rf"rows 0\.\.300; asked for {first}\.\.{last}"):
+    with pytest.raises(KdlibError, match=rf"rows 0\.\.300, got {first}\.\.{last}"):
         import_top_k(path, first, last)
 
 
@@ -161,20 +161,20 @@ def test_a_file_that_does_not_tell_its_vocabulary_is_refused_unless_told(path):
     ids, log_probabilities, _ = make()
     with h5py.File(path, "w") as file:
         file["indices"], file["logprobs"] = ids, log_probabilities
-    with pytest.raises(KdlibError, match="unknown number of tokens"):
+    with pytest.raises(KdlibError, match="a known number of tokens, got an unknown number"):
         import_top_k(path)
     assert import_top_k(path, vocabulary=VOCABULARY).vocabulary == VOCABULARY
 
 
 def test_another_vocabulary_is_refused(path):
     export_top_k(path, *make(), vocabulary=VOCABULARY)
-    with pytest.raises(KdlibError, match=r"1000 tokens and the one expected 999"):
+    with pytest.raises(KdlibError, match=r"must have 999 tokens, got 1000"):
         import_top_k(path, vocabulary=999)
 
 
 def test_names_that_are_missing_are_listed(path):
     export_top_k(path, *make(), vocabulary=VOCABULARY)
-    with pytest.raises(KdlibError, match=r"no dataset 'values', only indices, log_tail, logprobs"):
+    with pytest.raises(KdlibError, match=r"must have a dataset 'values', got indices, log_tail, logprobs"):
         import_top_k(path, log_probabilities="values")
 
 
@@ -182,7 +182,7 @@ def test_another_version_is_refused(path):
     export_top_k(path, *make(), vocabulary=VOCABULARY)
     with h5py.File(path, "a") as file:
         file.attrs["version"] = 2
-    with pytest.raises(KdlibError, match="version 2; this code reads version 1"):
+    with pytest.raises(KdlibError, match="version 1, got 2"):
         import_top_k(path)
 
 
@@ -205,7 +205,7 @@ def test_what_is_no_data_of_the_file_itself_is_not_read(kind, path, tmp_path):
             file["indices/values"] = ids
         else:
             file.create_dataset("indices", ids.shape, ids.dtype, external=[(str(tmp_path / "raw"), 0, ids.nbytes)])
-    with pytest.raises(KdlibError, match="not a dataset within the file"):
+    with pytest.raises(KdlibError, match="must be a dataset stored inside the file"):
         import_top_k(path, vocabulary=VOCABULARY)
 
 
@@ -217,7 +217,7 @@ def test_a_truncated_file_is_named(share, path):
     export_top_k(path, *make(), vocabulary=VOCABULARY)
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
-    with pytest.raises(KdlibError, match=r"targets\.h5 is not a whole HDF5 file"):
+    with pytest.raises(KdlibError, match=r"targets\.h5 must be a complete HDF5 file"):
         import_top_k(path)
 
 
@@ -247,12 +247,12 @@ def test_no_changed_byte_goes_unnoticed(path):
 @pytest.mark.parametrize("content", [b"", b"ids,log_probabilities\n1,2\n", b"\x89HDF\r\n\x1a\n" + bytes(100)])
 def test_something_else_is_named(content, path):
     path.write_bytes(content)
-    with pytest.raises(KdlibError, match=r"targets\.h5 is not a whole HDF5 file"):
+    with pytest.raises(KdlibError, match=r"targets\.h5 must be a complete HDF5 file"):
         import_top_k(path)
 
 
 def test_a_missing_file_is_named(path):
-    with pytest.raises(KdlibError, match=r"targets\.h5 does not exist"):
+    with pytest.raises(KdlibError, match=r"targets\.h5 must be an HDF5 file of top-k targets, got no file"):
         import_top_k(path)
 
 
@@ -336,10 +336,10 @@ SHAPES = {
     shorter: r"one shape \[n, k\].*\(299, 7\) and \(300, 7\)",
     flat: r"one shape \[n, k\]",
     none: r"n and k above 0",
-    tail_of_other_length: r"each of the 300 rows; found shape \(299,\)",
-    float_ids: "integer ids.*float32 and float32",
+    tail_of_other_length: r"each of the 300 rows, got shape \(299,\)",
+    float_ids: "ids must be integers.*float32 and float32",
     double: "float16 or float32.*float64",
-    half_tail: "float32 log_tail; found float16",
+    half_tail: "`log_tail` must be float32, got float16",
 }
 ROWS = {
     past_the_vocabulary: r"row 3 has ids outside 0\.\.999",
@@ -393,11 +393,11 @@ def test_half_precision_may_miss_the_mass_by_its_own_rounding_and_no_more(path):
         ({"offsets": np.array([0, 299])}, "ascend from 0 to 300"),
         ({"offsets": np.array([1, 300])}, "ascend from 0 to 300"),
         ({"offsets": np.array([0, 200, 100, 300])}, "ascend from 0 to 300"),
-        ({"offsets": np.array([0.0, 300.0])}, "integer offsets"),
-        ({"offsets": np.array([0, 300]), "documents": ["a", "b"]}, "2 document names for 1 documents"),
-        ({"documents": ["a"]}, "documents without offsets"),
-        ({"attributes": {"version": 2}}, "not named format, version, vocabulary; found version"),
-        ({"attributes": {"list": [1]}}, "strings and numbers.*found list"),
+        ({"offsets": np.array([0.0, 300.0])}, "must be integers"),
+        ({"offsets": np.array([0, 300]), "documents": ["a", "b"]}, "must have 1 names, one for each document, got 2"),
+        ({"documents": ["a"]}, "must come with `offsets`"),
+        ({"attributes": {"version": 2}}, "not named format, version, vocabulary, got version"),
+        ({"attributes": {"list": [1]}}, "strings and numbers.*got list"),
         ({"vocabulary": 6}, "at least k = 7 tokens"),
     ],
 )

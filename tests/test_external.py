@@ -133,7 +133,7 @@ def test_a_writer_from_a_file_goes_on_where_it_stopped(tmp_path):
     ("kind", "temperature"), [(Kind("sampled", draws=4), 1.0), (Kind("topk", top_k=K + 1), 1.0), (Kind("topk", top_k=K), 2.0)]
 )
 def test_more_than_such_a_teacher_tells_is_refused(tmp_path, kind, temperature):
-    with pytest.raises(KdlibError, match=f"tells its {K} most likely tokens at temperature 1 and no more"):
+    with pytest.raises(KdlibError, match=f"must be topk with top_k at most {K}, at temperature 1"):
         write(tmp_path, ServerTeacher(server(make_model(0))), make_split(), kind, temperature=temperature)
 
 
@@ -141,12 +141,12 @@ def test_a_file_of_other_documents_or_another_vocabulary_is_refused(tmp_path):
     split, other = make_split(), make_split(seed=1)
     write(tmp_path / "here", ModelTeacher(make_model(0)), split)
     export_cache(TargetCache(tmp_path / "here", GUARD, 1.0), split, tmp_path / "targets.h5")
-    with pytest.raises(KdlibError, match="holds targets of another text"):
+    with pytest.raises(KdlibError, match="must have one row for each of the"):
         FileTeacher(tmp_path / "targets.h5", other, VOCABULARY)
     moved = dataclasses.replace(split, offsets=split.offsets + np.r_[0, np.ones(len(split.offsets) - 2, int), 0])
-    with pytest.raises(KdlibError, match="holds targets of another text"):
+    with pytest.raises(KdlibError, match="must have one row for each of the"):
         FileTeacher(tmp_path / "targets.h5", moved, VOCABULARY)
-    with pytest.raises(KdlibError, match="its vocabulary has 29 tokens and the one expected 30"):
+    with pytest.raises(KdlibError, match="its vocabulary must have 30 tokens, got 29"):
         FileTeacher(tmp_path / "targets.h5", split, VOCABULARY + 1)
 
 
@@ -178,12 +178,12 @@ def test_a_file_without_a_row_that_is_needed_is_refused(tmp_path):
     n = len(split.tokens)
     empty = np.full((n, K), -np.inf, np.float32)
     export_top_k(tmp_path / "targets.h5", np.tile(np.arange(K, dtype=np.int32), (n, 1)), empty, vocabulary=VOCABULARY)
-    with pytest.raises(KdlibError, match="positions that predict a token have no log-probabilities, the first 0"):
+    with pytest.raises(KdlibError, match="must have log-probabilities, got .* without, the first 0"):
         write(tmp_path / "cache", FileTeacher(tmp_path / "targets.h5", split, VOCABULARY), split)
 
 
 def test_only_the_largest_probabilities_can_be_exported(tmp_path):
     split = make_split()
     write(tmp_path / "here", ModelTeacher(make_model(0)), split, Kind("sampled", draws=4))
-    with pytest.raises(KdlibError, match="found sampled"):
+    with pytest.raises(KdlibError, match="got sampled"):
         export_cache(TargetCache(tmp_path / "here", GUARD, 1.0), split, tmp_path / "targets.h5")

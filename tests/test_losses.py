@@ -1004,13 +1004,15 @@ def test_losses_on_groups_of_tokens_take_no_weights(name, kd_weight):
 def members_of(dtype=torch.float64):
     """Three members of unlike widths, one without a bias."""
     sizes = {20: 4, 30: 7, 40: 3}
-    layers = [(normal(TOKENS, n, seed=s), normal(VOCABULARY, n, seed=s + 1), normal(VOCABULARY, seed=s + 2)) for s, n in sizes.items()]
-    members = [DenseTargets(*(x.to(dtype) for x in layer)) for layer in layers]
+    members = []
+    for s, n in sizes.items():
+        layer = normal(TOKENS, n, seed=s), normal(VOCABULARY, n, seed=s + 1), normal(VOCABULARY, seed=s + 2)
+        members.append(DenseTargets(*(x.to(dtype) for x in layer)))
     return (replace(members[0], bias=None), *members[1:])
 
 
 def pooled_by_hand(members, pool, calibration):
-    """The pool's distribution [T, V]: the mean of probabilities or their normalised product, to the power 1 / calibration."""
+    """The pool [T, V]: the mean of probabilities or their normalised product, to the power 1 / calibration."""
     each = torch.stack([probabilities(x.hidden @ x.weight.T + (0 if x.bias is None else x.bias)) for x in members])
     found = each.mean(0) if pool == "probability" else each.prod(0) ** (1 / len(each))
     found = found ** (1 / calibration)
@@ -1019,18 +1021,18 @@ def pooled_by_hand(members, pool, calibration):
 
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("calibration", [1.0, 1.6])
-@pytest.mark.parametrize(("temperature", "kd_weight"), [(1.0, 0.3), (2.0, 0.3), (2.0, 1.0)])
-def test_the_teacher_of_an_ensemble_is_its_pooled_distribution_whatever_the_chunk(pool, calibration, temperature, kd_weight):
+@pytest.mark.parametrize(("tau", "kd_weight"), [(1.0, 0.3), (2.0, 0.3), (2.0, 1.0)])
+def test_an_ensemble_teaches_its_pooled_distribution_whatever_the_chunk(pool, calibration, tau, kd_weight):
     student, labels, _ = problem()
     targets, valid = PooledTargets(members_of(), POOLS[pool], calibration), labels != -100
-    t = probabilities(pooled_by_hand(members_of(), pool, calibration).log(), temperature)
+    t = probabilities(pooled_by_hand(members_of(), pool, calibration).log(), tau)
     logits = logits_of(student)
-    kd = temperature**2 * F.kl_div(F.log_softmax(logits / temperature, 1), t, reduction="none").sum(1)[valid].sum()
+    kd = tau**2 * F.kl_div(F.log_softmax(logits / tau, 1), t, reduction="none").sum(1)[valid].sum()
     ce = F.cross_entropy(logits, labels, reduction="sum")
     total = (kd_weight * kd + (1 - kd_weight) * ce) / valid.sum()
     gradients = torch.autograd.grad(total, student)
     for chunk in (1, 4, TOKENS - len(MASKED), 100, None):
-        parts, found = fused(student, labels, targets, kd_weight, temperature, chunk_tokens=chunk)
+        parts, found = fused(student, labels, targets, kd_weight, tau, chunk_tokens=chunk)
         assert_close(parts.loss, total)
         assert_close(found, gradients)
         assert_close((parts.ce, parts.kd), (ce.detach(), kd.detach()))
@@ -1042,8 +1044,8 @@ def test_the_teacher_of_an_ensemble_is_its_pooled_distribution_whatever_the_chun
 def test_an_ensemble_serves_every_divergence_whatever_the_chunk(name, pool):
     student, labels, _ = problem()
     targets, options = PooledTargets(members_of(), POOLS[pool], 1.6), OPTIONS.get(name, {})
-    valid = (labels != -100).nonzero().squeeze(1)
-    kd = divergence_loss(name, logits_of(student)[valid], pooled_by_hand(members_of(), pool, 1.6).log()[valid], 2.0, **options)
+    valid, whole = (labels != -100).nonzero().squeeze(1), pooled_by_hand(members_of(), pool, 1.6).log()
+    kd = divergence_loss(name, logits_of(student)[valid], whole[valid], 2.0, **options)
     gradients = torch.autograd.grad(kd.mean(), student)
     for chunk in (GROUP, 2 * GROUP, None):
         parts, found = fused(student, labels, targets, 1.0, 2.0, chunk_tokens=chunk, divergence=name, options=options)
@@ -1076,9 +1078,9 @@ def test_gradients_towards_an_ensemble_pass_gradcheck(pool, temperature):
 
 
 def test_members_of_half_precision_are_pooled_in_float32():
-    for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)):
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
         targets = PooledTargets(members_of(dtype), POOLS["probability"])
-        assert targets.logits().dtype == wide
+        assert targets.logits().dtype == (dtype if dtype == torch.float64 else torch.float32)
         expected = pooled_by_hand([in_dtype(one, torch.float64) for one in targets.members], "probability", 1.0)
         # A bfloat16 product is rounded on its way out, logits of up to 16 by up to 1/32.
         tolerance = 0.07 if dtype == torch.bfloat16 else 1e-5
@@ -1098,7 +1100,8 @@ def test_an_ensemble_keeps_no_more_than_a_chunk_of_its_members_logits():
     tokens, vocabulary, width, chunk = 512, 64, 6, 16
     student = [normal(tokens, width, seed=0), normal(vocabulary, width, seed=1), normal(vocabulary, seed=2)]
     members = [DenseTargets(normal(tokens, width, seed=s), normal(vocabulary, width, seed=s + 1)) for s in (3, 5, 7)]
+    student = [x.requires_grad_() for x in student]
     targets = PooledTargets(tuple(members), POOLS["probability"])
     with LargestTensor() as largest:
-        fused([x.requires_grad_() for x in student], torch.arange(tokens) % vocabulary, targets, 0.3, chunk_tokens=chunk)
+        fused(student, torch.arange(tokens) % vocabulary, targets, 0.3, chunk_tokens=chunk)
     assert largest.elements == max(tokens * width, len(members) * chunk * vocabulary)

@@ -98,6 +98,11 @@ def test_members_of_bagging_differ_in_seed_and_sample_alone():
     assert {name for name in one if one[name] != plain.get(name)} == {"epochs", "text"}
 
 
+def test_text_of_another_way_is_refused_by_bagging():
+    with pytest.raises(KdlibError, match="text must be left out of a bagged student, .*got unigram"):
+        bagged("smoke", [1], student=CE | {"text": "unigram"})
+
+
 @pytest.mark.parametrize("share", [0.5, 0.7, 1.0])
 def test_members_of_bagging_draw_their_documents_with_replacement_and_keep_the_mix(profile, share):
     train = train_split(profile)

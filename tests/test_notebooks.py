@@ -42,7 +42,7 @@ def test_a_notebook_is_found_by_path_and_by_name(tmp_path, monkeypatch):
 
 
 def test_an_unknown_notebook_is_refused_with_the_known_ones():
-    with pytest.raises(KdlibError, match="04_studnet.*Expected one of.*notebooks/04_student.ipynb"):
+    with pytest.raises(KdlibError, match="notebook must be one of .*notebooks/04_student.ipynb, .*got 'notebooks/04_studnet.ipynb'"):
         notebooks.find("notebooks/04_studnet.ipynb")
 
 

@@ -4,12 +4,12 @@ import pytest
 import yaml
 
 from kdlib.errors import KdlibError
-from kdlib.study import profiles
-from kdlib.study.parameters import FidelityParameters, Selection
+from kdlib.study import design, profiles
+from kdlib.study.kinds import kinds
 
 
 def smoke() -> dict:
-    return yaml.safe_load((profiles.REPOSITORY / "profiles" / "smoke.yaml").read_text())
+    return profiles.read_yaml((profiles.REPOSITORY / "profiles" / "smoke.yaml").read_text(encoding="utf-8"))
 
 
 def saved(tmp_path, values: dict) -> str:
@@ -38,7 +38,7 @@ def test_an_unknown_profile_is_refused_with_the_known_ones(name):
     ("section", "name", "value", "told"),
     [
         ("corpus", "train_tokens", 0, "corpus.train_tokens.*greater than 0.*found 0"),
-        ("corpus", "domains", {"speeches": 1, "recipes": 1}, "ood domain 'recipes' is also trained on"),
+        ("corpus", "domains", {"speeches": 1, "recipes": 1}, "ood must be a domain that is not trained on, got 'recipes'"),
         ("corpus", "domains", {"speeches": 0}, "corpus.domains.speeches"),
         ("corpus", "block_length", 4, "corpus.block_length"),
         ("teacher", "adaptation", "lorra", "teacher.adaptation.*'frozen', 'lora', 'full' or 'scratch'.*found 'lorra'"),
@@ -46,7 +46,7 @@ def test_an_unknown_profile_is_refused_with_the_known_ones(name):
         ("targets", "draws", 256, "targets.draws.*less than or equal to 255"),
         ("targets", "temperature", 0, "targets.temperature"),
         ("student", "kd_weight", 1.5, "student.kd_weight"),
-        ("student", "heads", 3, "must be an even multiple of heads 3"),
+        ("student", "heads", 3, "hidden_size must be an even multiple of heads .3., got 32"),
         ("student", "objective", "dpo", "student.objective"),
         ("student", "learning_rate", "fast", "student.learning_rate.*valid number.*found 'fast'"),
         ("student", "learning_rate_multipliers", {"embed": -1}, "student.learning_rate_multipliers.embed"),
@@ -59,7 +59,7 @@ def test_an_unknown_profile_is_refused_with_the_known_ones(name):
         ("study", "pools", ["logit"], "pools with probability, found .*'logit'"),
         ("corpus", "domains", {"speeches": float("inf")}, "corpus.domains.speeches.*finite number"),
         ("student", "warmup", float("nan"), "student.warmup.*finite number"),
-        ("ensemble", "seeds", [1, 2, 1], "ensemble: a member is a seed, .*found seeds .1, 2, 1.; name each once"),
+        ("ensemble", "seeds", [1, 2, 1], "ensemble: seeds must be unique, since a member is a seed, got .1, 2, 1."),
     ],
 )
 def test_a_bad_value_in_a_profile_is_named_with_what_was_expected(tmp_path, section, name, value, told):
@@ -76,7 +76,7 @@ def test_a_bad_value_in_a_profile_is_named_with_what_was_expected(tmp_path, sect
 def test_a_profile_whose_sections_name_several_teachers_is_refused_in_a_few_words(tmp_path, section, name):
     values = smoke()
     values[section][name] = ["frozen"] if section == "study" else "full"
-    told = "teacher.adaptation, targets.teacher and student.teacher must name one teacher, .*found .*write the same adaptation"
+    told = "teacher.adaptation, targets.teacher and student.teacher must name one teacher that .*, got .*write the same adaptation"
     with pytest.raises(KdlibError, match=told) as refused:
         profiles.load(saved(tmp_path, values))
     assert len(str(refused.value)) < 500
@@ -91,36 +91,65 @@ def test_a_profile_may_name_any_one_teacher(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("section", "change", "told"),
+    ("section", "change"),
     [
-        (
-            "student",
-            {"targets": {"source": "dense"}},
-            "targets of source dense would add further ones; say so in a grid",
-        ),
-        ("targets", {"source": "dense"}, "targets of source dense would add"),
-        ("student", {"fresh_draws": True}, "fresh_draws would add"),
-        (
-            "student",
-            {"fresh_draws": True, "targets": {"source": "dense"}},
-            "fresh_draws and targets of source dense would add",
-        ),
-        (
-            "student",
-            {"selection": {"by": "student_nll", "mode": "highest", "share": 0.5}},
-            "selection by student_nll would add",
-        ),
+        ("student", {"targets": {"source": "dense"}}),
+        ("targets", {"source": "dense"}),
+        ("student", {"fresh_draws": True}),
+        ("student", {"fresh_draws": True, "targets": {"source": "dense"}}),
     ],
 )
-def test_students_whose_comparison_would_hold_further_runs_belong_in_a_grid(tmp_path, section, change, told):
+def test_students_that_do_not_share_their_targets_belong_in_a_grid(tmp_path, section, change):
     values = smoke()
     values[section] |= change
+    told = "students of a comparison must share one run of targets, got fresh_draws or targets of source dense; say so in a grid"
     with pytest.raises(KdlibError, match=told):
         profiles.load(saved(tmp_path, values))
     values = smoke()
     cell = {"targets": change} if section == "targets" else change
     values["study"]["grids"] = {"data": {"seeds": [1], "students": {"one": cell}}}
     assert profiles.load(saved(tmp_path, values))
+
+
+@pytest.mark.parametrize("name", ["on", "off", "yes", "no", "y", "n"])
+def test_only_true_and_false_are_truth_values(tmp_path, name):
+    assert profiles.read_yaml(f"{{{name}: {name}, truth: [true, False]}}") == {name: name, "truth": [True, False]}
+
+
+def test_features_on_something_are_written_as_they_are_said(tmp_path):
+    text = (profiles.REPOSITORY / "profiles" / "smoke.yaml").read_text(encoding="utf-8").replace("name: smoke", "name: mine")
+    text = text.replace("student:\n  objective: kd", "student:\n  objective: online_kd\n  features: {on: relation, layers: last}", 1)
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    found = profiles.load(str(path)).student.features
+    assert (found.on, found.layers) == ("relation", "last")
+
+
+def test_a_section_whose_settings_all_have_defaults_may_be_left_out(tmp_path):
+    values = smoke()
+    values.pop("scores", None)
+    assert profiles.load(saved(tmp_path, values)).scores is None
+    plain = profiles.parameters("07_scores", saved(tmp_path, values))
+    assert (plain.measure, plain.scorer) == ("nll", {"targets": {}})
+    chosen = profiles.parameters("07_scores", saved(tmp_path, values | {"scores": {"measure": "entropy"}}))
+    assert chosen.measure == "entropy"
+    with pytest.raises(KdlibError, match="scores.measure.*'nll' or 'entropy'"):
+        profiles.load(saved(tmp_path, values | {"scores": {"measure": "loss"}}))
+
+
+def test_every_kind_of_run_has_a_section_and_a_notebook():
+    assert set(kinds()) <= set(profiles.profile_model().model_fields)
+    found = profiles.notebooks()
+    assert list(found) == sorted(found)
+    assert {section: model for model, section in found.values() if section in kinds()} == {
+        name: kind.Parameters for name, kind in kinds().items()
+    }
+
+
+@pytest.mark.parametrize("name", profiles.available())
+def test_every_shipped_profile_can_be_planned_with_all_of_its_grids(name):
+    grids = tuple(profiles.load(name).study.grids)
+    assert len(design.study(name, grids)) >= len(design.study(name)) > 10
 
 
 def test_a_missing_parameter_is_named(tmp_path):
@@ -182,7 +211,7 @@ def test_a_parameter_named_like_an_argument_is_just_unknown(name):
 
 
 def test_an_unknown_notebook_is_refused():
-    with pytest.raises(KdlibError, match="Unknown notebook '04_studnet'. Expected one of.*04_student"):
+    with pytest.raises(KdlibError, match="notebook must be one of .*04_student.*, got '04_studnet'"):
         profiles.parameters("04_studnet", "smoke")
 
 
@@ -223,6 +252,7 @@ def test_a_notebook_runs_again_in_the_same_kernel_among_the_globals_of_its_own_c
         ("04_student", {}, {"compile": True}, True),
         ("04_student", {}, {"kd_weight": 0.5}, False),
         ("04_student", {"objective": "ce"}, {"kd_weight": 0.5, "temperature": 2.0, "teacher": "frozen"}, True),
+        ("04_student", {"objective": "ce"}, {"kd_weight": {"shape": "linear", "start": 0, "end": 1}}, True),
         ("04_student", {"objective": "ce"}, {"precision": "bfloat16"}, False),
         ("03_targets", {"kind": "sampled"}, {"top_k": 8}, True),
         ("03_targets", {"kind": "sampled"}, {"seed": 8}, False),
@@ -250,10 +280,11 @@ def test_only_what_a_run_reads_is_part_of_its_identity(notebook, base, change, s
 
 
 def test_every_parameter_has_a_meaning():
-    for model, _ in profiles.NOTEBOOKS.values():
+    for model, _ in profiles.notebooks().values():
         assert [name for name, entry in model.model_fields.items() if not entry.description] == []
 
 
-def test_meanings_say_whose_precision_and_temperature_they_are():
-    assert FidelityParameters.model_fields["precision"].description == "autocast of the teacher's forward pass"
-    assert "at the temperature of the targets (dense: at 1)" in Selection.model_fields["by"].description
+def test_meanings_say_whose_precision_it_is():
+    meanings = {name: kind.Parameters.model_fields["precision"].description for name, kind in kinds().items() if name != "corpus"}
+    assert meanings["fidelity"] == meanings["targets"] == "autocast of the teacher's forward pass"
+    assert meanings["scores"] == "autocast of the scorer's forward pass"

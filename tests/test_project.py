@@ -12,9 +12,11 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from kdlib import methods
 from kdlib.analysis import outputs
 from kdlib.study import notebooks, profiles
-from kdlib.study.profiles import NOTEBOOKS, REPOSITORY
+from kdlib.study.kinds import kinds
+from kdlib.study.profiles import REPOSITORY
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 SHIPPED = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
@@ -26,9 +28,10 @@ ROOMS = (
     "models",
     "losses",
     "cache",
-    "training",
     "ensemble",
+    "training",
     "evaluation",
+    "methods",
     "runs",
     "analysis",
 )
@@ -90,11 +93,12 @@ def test_licence_and_citation_agree_with_the_project():
 
 
 def test_the_notebooks_are_those_of_the_project():
-    assert {path.stem for path in SHIPPED} == set(NOTEBOOKS)
+    assert {path.stem for path in SHIPPED} == set(profiles.notebooks())
     analyses = outputs.analyses(profiles.load("smoke").study.grids).values()
-    assert {one.notebook for one in analyses} == {name for name in NOTEBOOKS if name >= "10"}, "the smoke profile has all"
+    assert {one.notebook for one in analyses} == {name for name in profiles.notebooks() if name >= "10"}, "the smoke profile has all"
     titles = [json.loads(path.read_text())["cells"][0]["source"][0] for path in SHIPPED]
     assert [title for title in titles if title.startswith("# #")] == []
+    assert {kind.NOTEBOOK for kind in kinds().values()} == {name for name in profiles.notebooks() if "01" <= name < "10"}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -132,28 +136,100 @@ def imported(module: str) -> set[str]:
 def test_every_module_is_in_a_room():
     inside = (REPOSITORY / "kdlib").iterdir()
     rooms = {path.stem for path in inside if path.suffix == ".py" or (path / "__init__.py").exists()}
-    assert rooms - {"__init__"} == set(ROOMS)
+    assert rooms - {"__init__", "__main__"} == set(ROOMS)
+    assert len(ROOMS) <= 12
+
+
+def test_the_readme_names_every_module_in_its_room():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    told = re.search(r"^kdlib/\n(.*?)^profiles/", text, re.DOTALL | re.MULTILINE)[1]
+    name, rooms = "", {}
+    for line in told.splitlines():
+        # A room, or none: the room above. Then its modules, then after two spaces what they are about.
+        room, modules = re.fullmatch(r" {2}(?:(\w+)/)? *((?:\w+ )*\w+)(?: …)?(?: {2,}.*)?", line).groups()
+        name = room or name
+        rooms.setdefault(name, set()).update(modules.split())
+    there = {path.name: path for path in (REPOSITORY / "kdlib").iterdir() if (path / "__init__.py").exists()}
+    assert list(rooms) == list(ROOMS[1:]), "left never imports right"
+    rooms["methods"] = set(methods.names())  # which the test below looks for, in a table of their own
+    assert rooms == {name: {one.stem for one in path.glob("*.py")} - {"__init__"} for name, path in there.items()}
+
+
+def test_the_readme_describes_every_method():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    section = re.search(r"^## Ways to form an ensemble\n(.*?)^## ", text, re.DOTALL | re.MULTILINE)[1]
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == sorted(methods.names(), key=section.index)
 
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_imports_run_one_way(room):
-    known = set(ROOMS[: ROOMS.index(room)]) | ({"data"} if room == "study" else set())  # plans name their sources
-    assert imported(room) <= known
+    assert imported(room) <= set(ROOMS[: ROOMS.index(room)])
+
+
+def test_the_command_calls_every_room():
+    assert imported("__main__") <= set(ROOMS)
+
+
+MODULES = sorted((REPOSITORY / "kdlib").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: ".".join(path.relative_to(REPOSITORY).with_suffix("").parts))
+def test_a_module_is_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+def test_a_kind_of_run_and_a_method_are_a_module_each():
+    files = {path.stem for path in (REPOSITORY / "kdlib" / "runs").glob("*.py")}
+    assert set(kinds()) == files - {"__init__", "make", "artefacts"}
+    for name, kind in kinds().items():
+        parts = ("NOTEBOOK", "LEAVES", "Parameters", "inputs", "downloads", "label", "produce")
+        assert [part for part in parts if not hasattr(kind, part)] == [], name
+    assert set(methods.names()) == {path.stem for path in (REPOSITORY / "kdlib" / "methods").glob("*.py")} - {"__init__"}
+
+
+HEAVY = {"torch", "transformers", "papermill"}
+
+
+def loaded(code: str, heavy: set[str]) -> set[str]:
+    """Which of these modules Python has loaded after ``code``."""
+    code = f"import sys\n{code}\nprint(*(name for name in {sorted(heavy)} if name in sys.modules), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("room", ["study", "analysis", "methods"])
+def test_reading_results_planning_and_running_import_no_torch(room):
+    names = [f"kdlib.{room}.{path.stem}" for path in (REPOSITORY / "kdlib" / room).glob("*.py") if path.stem != "__init__"]
+    assert loaded(f"import importlib\nfor name in {names}: importlib.import_module(name)", HEAVY) == set()
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_a_kind_of_run_is_planned_without_torch(kind):
+    code = f"from kdlib.study.plan import Planner\nprint(Planner('smoke').run({kind!r}).id)"
+    assert loaded(code, HEAVY) == set()
 
 
 @pytest.mark.parametrize(
-    "imports",
+    ("arguments", "status"),
     [
-        "from kdlib.analysis import statistics, comparison, studies, accounts, figures, panels, tables, report, paper",
-        "from kdlib.study import profiles, store, plan, revisions, notebooks, runner",
+        (["list"], 0),
+        (["list", "04_student"], 0),
+        (["--help"], 0),
+        (["run", "--help"], 0),
+        (["run", "04_student", "--set", "seed=-1"], 2),
+        (["run", "04_student", "--set", "sead=1"], 2),
+        (["run", "04_student", "--profile", "quik"], 2),
+        (["make"], 2),
     ],
-    ids=["reading results", "planning and running"],
 )
-def test_reading_results_planning_and_running_import_no_torch(imports):
-    code = f"import sys\n{imports}\n"
-    code += "print(sorted({'torch', 'transformers', 'papermill'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+def test_what_can_be_answered_at_once_loads_neither_torch_nor_pandas(arguments, status):
+    code = (
+        "from kdlib.__main__ import main\n"
+        f"try:\n    status = main({arguments})\nexcept SystemExit as ended:\n    status = ended.code or 0\n"
+        f"assert status == {status}, status"
+    )
+    assert loaded(code, HEAVY | {"pandas", "numpy", "nbformat"}) == set()
 
 
 def tracked() -> list[str]:

@@ -69,7 +69,7 @@ def opened(tmp_path_factory):
 
 def test_an_unknown_document_is_named_with_one_that_is_there(opened):
     split, cache = opened
-    with pytest.raises(KdlibError, match=r"'train' has no document 'talk/nobody#00'\. .* such as 'talk/train0#00'"):
+    with pytest.raises(KdlibError, match=r"id of the split 'train', got 'talk/nobody#00'\. .* such as 'talk/train0#00'"):
         cache.document_positions(split, "talk/nobody#00", 0, 1)
 
 
@@ -84,7 +84,7 @@ def test_a_range_outside_the_document_is_refused_though_the_split_goes_on(opened
         "begins past the end": (tokens + 1, None),
         "from the end": (0, -1),
     }[case]
-    told = f"{document}' has {tokens} positions: expected 0 <= start <= stop <= {tokens}, found start {start} and stop {stop or tokens}"
+    told = f"0 <= start <= stop <= {tokens}, the positions of document '{document}', got start {start} and stop {stop or tokens}"
     with pytest.raises(KdlibError, match=told):
         cache.document_positions(split, document, start, stop)
 
@@ -92,7 +92,7 @@ def test_a_range_outside_the_document_is_refused_though_the_split_goes_on(opened
 def test_another_split_than_the_targets_is_refused(opened):
     split, cache = opened
     other = make_split("validation", seed=1)
-    told = f"{len(split.tokens)} positions, the split 'validation' has {len(other.tokens)}"
+    told = f"'validation' must have the targets' {len(split.tokens)} positions, got {len(other.tokens)}"
     with pytest.raises(KdlibError, match=told):
         cache.document_positions(other, "talk/validation0#00")
 

@@ -101,6 +101,20 @@ def test_a_student_becomes_more_like_the_student_that_taught_it(profile):
     assert taught[0] == pytest.approx(taught[1], rel=0.1)
 
 
+@pytest.mark.parametrize("name", ["student", "ensemble"])
+def test_the_fidelity_of_a_student_is_to_whoever_taught_it(profile, name):
+    teacher, members, pool = TEACHERS[name]
+    student = {"objective": "kd", "teacher": teacher, "targets": {"kind": "topk", "top_k": 200}, "kd_weight": 1.0}
+    found = make(profile, "06_fidelity", student=student, tokens=100_000).metrics
+    test = load_split(make(profile, "01_corpus").path / "data", "test")
+    log_s = dense_log_probs(artefacts.load_model(make(profile, **student, seed=1)), test, block_length=BLOCK_LENGTH)
+    log_t, used = pooled(profile, members, pool, test), predicting(test)
+    expected = (log_t.exp() * (log_t - log_s))[used].sum(1).mean().item()
+    assert found["teacher_kl"] == pytest.approx(expected, rel=1e-4)
+    # Of 300 tokens the 200 likeliest and the mass of the rest: nearly the whole distribution.
+    assert found["angle_initial"] < 5 and found["angle_trained"] < 15
+
+
 def test_a_copy_of_a_student_has_nothing_to_learn_from_it(profile):
     run = make(profile, objective="online_kd", teacher=CE, initialisation="identical", kd_weight=1.0)
     assert float(log(run)[0]["kd"]) < 1e-6
@@ -214,6 +228,32 @@ def written(profile, folder, **sections):
     path = folder / "odd.yaml"
     path.write_text(yaml.safe_dump(values | {"name": "odd"}), encoding="utf-8")
     return str(path)
+
+
+def test_a_run_without_a_model_is_no_teacher_member_or_writer():
+    planner = plan.Planner("smoke")
+    for kind, leaves in (("corpus", "data"), ("targets", "targets"), ("scores", "scores"), ("fidelity", "results alone")):
+        run = {kind: {}}
+        for ask in (
+            lambda run=run: planner.student(teacher=run),
+            lambda run=run: planner.student(objective="online_kd", teacher=run),
+            lambda run=run: planner.student(objective="ce", text={"generated": {"by": run}}),
+            lambda run=run: planner.targets(teacher=run),
+            lambda run=run: planner.ensemble(["scratch", run]),
+        ):
+            with pytest.raises(KdlibError, match=f"must leave model, got .*{kind}-.*which leaves {leaves}"):
+                ask()
+
+
+def test_what_an_ensemble_cannot_give_is_refused_in_the_plan():
+    planner, pool = plan.Planner("smoke"), [CE, OTHER]
+    with pytest.raises(KdlibError, match="kind of an ensemble's targets must not be dense"):
+        planner.student(teacher=pool, targets={"kind": "dense"})
+    for changes in ({"features": {"on": "hidden_mse"}}, {"initialisation": "identical"}):
+        with pytest.raises(KdlibError, match="teacher must be one model for features and initialisation, got ensemble of 2"):
+            planner.student(objective="online_kd", teacher=pool, **changes)
+    with pytest.raises(KdlibError, match="members: .*at least 1 item"):
+        planner.ensemble([])
 
 
 def test_a_run_that_is_not_planned_is_refused_by_name(profile):

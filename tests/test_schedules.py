@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, Field, ValidationError
 
 from kdlib.errors import KdlibError
-from kdlib.study.schedules import Schedule, Stage, as_schedule, stage_ends
+from kdlib.study.schedules import Schedule, Stage, as_schedule, scheduled, stage_ends
 
 MOVING = ("linear", "cosine", "step")
 numbers = st.floats(-1e6, 1e6)
@@ -57,16 +57,37 @@ def test_a_number_is_a_constant_and_a_schedule_itself():
     assert flat.is_constant and {flat.value(i / 97) for i in range(98)} == {0.37}, "20/97 would round to 0.37 + 6e-17"
 
 
-def test_as_a_parameter_it_is_a_number_or_a_mapping():
-    class Parameters(BaseModel):
-        kd_weight: Annotated[float, Field(ge=0, le=1)] | Schedule
+class Parameters(BaseModel):
+    kd_weight: scheduled(Annotated[float, Field(ge=0, le=1)])
 
+
+def test_as_a_parameter_it_is_a_number_or_a_mapping():
     assert Parameters(kd_weight=0.5).model_dump(mode="json") == {"kd_weight": 0.5}
     written = Parameters(kd_weight={"shape": "step", "start": 1, "end": 0}).model_dump(mode="json")
     assert written == {"kd_weight": {"shape": "step", "start": 1.0, "end": 0.0, "at": 0.5}}
     assert Parameters(**written).model_dump(mode="json") == written
+    moving = Schedule(shape="linear", start=1, end=0)
+    assert Parameters(kd_weight=moving).kd_weight is moving
     constant = as_schedule(0.5).model_dump()
     assert Schedule(**constant).model_dump() == constant
+
+
+@pytest.mark.parametrize(
+    "wrong, place",
+    [
+        (1.5, ("number",)),
+        ("high", ("number",)),
+        (None, ("number",)),
+        ({"shape": "linear", "start": 1}, ("schedule", "end")),
+        ({"shape": "spiral", "start": 1, "end": 0}, ("schedule", "shape")),
+        ({}, ("schedule", "shape")),
+    ],
+)
+def test_what_is_wrong_with_a_parameter_is_told_of_what_it_was_meant_to_be(wrong, place):
+    with pytest.raises(ValidationError) as told:
+        Parameters(kd_weight=wrong)
+    assert {error["loc"][1] for error in told.value.errors()} == {place[0]}, "never of both"
+    assert told.value.errors()[0]["loc"] == ("kd_weight", *place)
 
 
 @pytest.mark.parametrize(

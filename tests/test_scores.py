@@ -123,7 +123,17 @@ def test_a_students_own_targets_score_unless_it_says_otherwise(profile):
         assert one.inputs["scores"].parameters.measure == "entropy"
 
 
+def test_targets_score_for_a_student_whose_temperature_moves(profile):
+    moving = {"objective": "online_kd", "temperature": {"shape": "linear", "start": 3, "end": 1}}
+    selected = {"text": {"selected": {"measure": "nll", "mode": "lowest", "share": 0.5}}}
+    scorer = step(profile, **moving, **selected).inputs["scores"].inputs["scorer"]
+    assert scorer.id == step(profile, "03_targets").id
+
+
 def test_a_scorer_that_is_none_is_refused():
+    for kind in ("corpus", "fidelity", "scores"):
+        with pytest.raises(KdlibError, match="A run that is named here must leave model or targets, got"):
+            plan.Planner("smoke").scores(scorer={kind: {"measure": "entropy"} if kind == "scores" else {}})
     for wrong, message in (("nobody", "a run must be one of"), ([], "at least one"), ({"judge": {}}, "with a kind of")):
         with pytest.raises(KdlibError, match=f"scorer: .*{message}"):
             profiles.parameters("07_scores", "smoke", scorer=wrong)

@@ -26,7 +26,7 @@ class TargetCollator:
     windows that the teacher read. It holds no targets, so workers of a ``DataLoader`` cost little.
 
     Args:
-        targets: of all rows it will meet. A ``Trainer`` has one collator, so with an ``eval_dataset`` cache that as well
+        targets: of all rows it will be given. A ``Trainer`` has one collator, so with an ``eval_dataset`` cache that as well
             (``concatenate_datasets``).
         pad_token_id: any id; padding is masked and has no labels.
 
@@ -39,7 +39,7 @@ class TargetCollator:
         self.rows, self.pad_token_id = targets.rows, pad_token_id
 
     def __call__(self, features: list[dict]) -> dict[str, Tensor]:
-        """Features have ``input_ids``, and where only some tokens shall be learnt (a prompt's answer), ``labels``."""
+        """Features have ``input_ids`` and, to train on some tokens only (the answer to a prompt), ``labels``."""
         windows = [window for number, feature in enumerate(features) for window in self._windows(number, feature)]
         shape = len(windows), max(len(tokens) for tokens, _ in windows)
         input_ids, labels = np.full(shape, self.pad_token_id), np.full(shape, IGNORED)
@@ -74,12 +74,12 @@ class TargetLoss:
     Args:
         targets: those of the collator.
         kd_weight: w, weight of the KD term.
-        temperature: tau, by default that of the targets; only kind dense serves another.
-        divergence, options: name and further arguments of one of :data:`kdlib.losses.divergences.DIVERGENCES`, in the
-            place of tau^2 * KL(t || s).
+        temperature: tau, by default that of the targets; only kind dense supports others.
+        divergence, options: name and further arguments of one of :data:`kdlib.losses.divergences.DIVERGENCES`, to
+            use instead of tau^2 * KL(t || s).
 
     Raises:
-        KdlibError: a weight outside 0..1, a temperature that the targets cannot serve, an unknown divergence; when
+        KdlibError: a weight outside 0..1, a temperature that the targets do not support, an unknown divergence; when
             called, labels of another collator, logits of another shape or vocabulary.
     """
 
@@ -93,12 +93,12 @@ class TargetLoss:
     ):
         kept = targets.cache.temperature
         if not 0 <= kd_weight <= 1:
-            raise KdlibError(f"`kd_weight` must lie in 0..1, got {kd_weight}.")
+            raise KdlibError(f"`kd_weight` must be in 0..1, got {kd_weight}.")
         if divergence not in DIVERGENCES:
             raise KdlibError(f"`divergence` must be one of {', '.join(DIVERGENCES)}, got {divergence!r}.")
         if temperature not in (None, kept) and targets.cache.kind.name != "dense":
             raise KdlibError(
-                f"`temperature` must be that of the targets, {kept}, got {temperature}. Cache them at {temperature}, or kind dense."
+                f"`temperature` must be that of the targets, {kept}, got {temperature}. Cache them at {temperature}, or use kind dense."
             )
         self.cache, self.kd_weight = targets.cache, kd_weight
         self.temperature = kept if temperature is None else temperature
@@ -110,7 +110,7 @@ class TargetLoss:
 
         Args:
             outputs: of the model, with ``logits`` [B, T, V]. labels: [B, T].
-            num_items_in_batch: tokens of the optimisation step; None stands for those of this batch.
+            num_items_in_batch: tokens of the optimisation step; None: those of this batch.
         """
         self._check(outputs.logits, labels)
         starts, labels = FIRST - labels[:, :1], labels[:, 1:]
@@ -127,12 +127,11 @@ class TargetLoss:
 
     def _check(self, logits: Tensor, labels: Tensor) -> None:
         if (labels[:, 0] > FIRST).any():
-            raise KdlibError("Labels must come from TargetCollator, got others. Give the Trainer it as data_collator.")
+            raise KdlibError("Labels must come from TargetCollator, got others. Pass it to the Trainer as data_collator.")
         expected = (*labels.shape, self.cache.guard["vocabulary"])
         if logits.shape != expected:
             raise KdlibError(
-                f"The logits must have the shape of labels and teacher, {expected}, got {tuple(logits.shape)}. Teacher and student "
-                "must share a vocabulary."
+                f"The logits must have the shape of labels and teacher, {expected}, got {tuple(logits.shape)}. Use the teacher's vocabulary."
             )
 
     def _teacher(self, positions: np.ndarray, device: torch.device) -> SparseTargets | Tensor:

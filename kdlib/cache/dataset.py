@@ -1,8 +1,8 @@
-"""Targets of rows of token ids that need not be kdlib's: a list of lists, or a ``datasets.Dataset``.
+"""Targets for any rows of token ids: a list of lists, or a ``datasets.Dataset``.
 
-A row is taken as it stands, as one document of a :class:`kdlib.data.corpus.Split`: nothing is put around it. It is found
-again by a hash of its tokens, not by its number, so a dataset may be shuffled, filtered, concatenated or resumed between
-writing and training, and a row whose tokens differ has no targets and is refused.
+Each row becomes one document of a :class:`kdlib.data.corpus.Split`, with no special tokens added. It is looked up by a hash
+of its tokens, not by its number, so a dataset may be shuffled, filtered, concatenated or resumed between writing and
+training. A row whose tokens differ has no targets and raises an error.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ def row_tokens(row) -> np.ndarray:
 
 
 def split_from_ids(rows: Iterable, vocabulary: int, name: str = "rows") -> corpus.Split:
-    """Rows of token ids as a split: a document each, named by its number from 0.
+    """Convert rows of token ids to a split with one document per row, named by its number from 0.
 
     Args:
         rows: lists, arrays or tensors of token ids, or mappings with ``input_ids`` such as those of a
@@ -65,9 +65,9 @@ def split_from_ids(rows: Iterable, vocabulary: int, name: str = "rows") -> corpu
     offsets = np.array(ends, np.int64)
     if len(tokens) < len(offsets):
         raise KdlibError(
-            f"Some row must have at least two tokens, a context and its next token, got {len(ends) - 1} rows."
+            f"At least one row must have two tokens, a context and its next token, got {len(ends) - 1} rows without."
         )
-    # No sources and no bytes: what the rows were before they were tokenised is not known.
+    # No sources and no bytes: the text of the rows is not known.
     table = pd.DataFrame({"document": np.arange(len(offsets) - 1).astype(str), "tokens": np.diff(offsets) - 1})
     return corpus.Split(name, table, np.frombuffer(tokens, np.int32), offsets, 0)
 
@@ -93,21 +93,21 @@ def cache_targets(
     block_length: int | None = None,
     shard_tokens: int = 65536,
 ) -> "DatasetTargets":
-    """Write a teacher's targets of every token of ``rows``, or find them written, and open them.
+    """Write a teacher's targets for every token of ``rows``, unless they exist, and open them.
 
-    A call that was killed goes on where it stopped, and one that has nothing left to do only reads. Several processes
-    (of a distributed training, say) may make the same call, and share the work.
+    After an interruption, the same call continues where it stopped; when everything is written, it only reads. Several
+    processes, such as those of distributed training, may make the same call and share the work.
 
     Args:
-        folder: of the cache; it belongs to these rows, this teacher and these settings.
-        teacher: a causal LM where it shall run, or one of :mod:`kdlib.cache`'s teachers.
-        rows: as for :func:`split_from_ids`, in an order that is the same in every call; training may use any other.
-        kind: what is kept of each distribution, such as ``Kind("sampled", draws=32)``.
-        temperature: of the distribution kept; 1 for kind dense, which serves every temperature.
+        folder: of the cache, for these rows, this teacher and these settings only.
+        teacher: a causal LM on its device, or one of :mod:`kdlib.cache`'s teachers.
+        rows: as for :func:`split_from_ids`, in the same order in every call; training may use any order.
+        kind: how each distribution is stored, such as ``Kind("sampled", draws=32)``.
+        temperature: of the stored distribution; 1 for kind dense, which supports every temperature.
         seed: of the draws.
-        block_length: longest context. Longer rows are read in windows of it, by the teacher and, through
-            :class:`kdlib.cache.TargetCollator`, by the student alike. By default every row is one window.
-        shard_tokens: in one shard, about: what a kill can cost.
+        block_length: longest context. Longer rows are cut into windows of this length, for the teacher and, through
+            :class:`kdlib.cache.TargetCollator`, for the student. By default every row is one window.
+        shard_tokens: approximate tokens in one shard; an interruption loses at most one shard.
 
     Raises:
         KdlibError: as :func:`split_from_ids` and :func:`kdlib.cache.write_targets`.
@@ -125,18 +125,18 @@ def cache_targets(
 
 
 class DatasetTargets:
-    """Cached targets of rows of token ids, without the rows: 40 bytes of memory each, to find a row by its tokens.
+    """Cached targets of rows of token ids. The rows are not kept, only 40 bytes each to look a row up by its tokens.
 
     Args:
         folder: written by :func:`cache_targets`.
-        rows: those that were cached, in the same order.
-        temperature: of the loss; kind dense serves any.
+        rows: the rows that were cached, in the same order.
+        temperature: of the loss; kind dense supports any.
 
     Attributes:
         cache: the :class:`kdlib.cache.TargetCache`. rows: the :class:`RowIndex`.
 
     Raises:
-        KdlibError: as :class:`kdlib.cache.TargetCache`, or other rows than those that were cached.
+        KdlibError: as :class:`kdlib.cache.TargetCache`, or rows other than the cached ones.
     """
 
     def __init__(self, folder: Path | str, rows: Iterable | corpus.Split, temperature: float = 1.0):
@@ -145,17 +145,16 @@ class DatasetTargets:
         split = rows if isinstance(rows, corpus.Split) else split_from_ids(rows, about["vocabulary"])
         if split.fingerprint() != about["documents"]:
             raise KdlibError(
-                f"The targets in {folder} are of other rows than these {len(split.documents)}. Give the rows that were cached, "
-                "in their order, or cache these in a new folder."
+                f"`rows` must be those cached in {folder}, in their order, got {len(split.documents)} others. Cache them in a new folder."
             )
         self.rows = RowIndex(split, about["block_length"], str(folder))
 
 
 class RowIndex:
-    """Where the targets of a row lie, by its tokens. Equal rows share the targets of the first of them.
+    """The position of a row's targets, by its tokens. Equal rows share the targets of the first one.
 
     Attributes:
-        block_length: longest window that a row is read in.
+        block_length: longest window that a row is cut into.
     """
 
     def __init__(self, split: corpus.Split, block_length: int, folder: str):
@@ -170,17 +169,17 @@ class RowIndex:
 
         Args:
             tokens: [n] of the whole row.
-            name: what to call it if it is not there.
+            name: of the row, for the error message.
 
         Raises:
-            KdlibError: no cached row has just these tokens.
+            KdlibError: no cached row has exactly these tokens.
         """
         mine = np.array([_hash(tokens)], "S32")
         (at,) = np.searchsorted(self._hashes, mine)
         if at == len(self._hashes) or self._hashes[at] != mine[0]:
             raise KdlibError(
-                f"{name} ({len(tokens)} tokens, {tokens[:8].tolist()} …) must be one of the rows cached in {self._folder}, token for "
-                "token. Truncate, pack and add special tokens before targets are cached."
+                f"{name} must equal a row cached in {self._folder}, got {len(tokens)} tokens, {tokens[:8].tolist()} …. Truncate, pack and "
+                "add special tokens before caching."
             )
         return int(self._starts[at])
 

@@ -1,11 +1,15 @@
-"""Numbers as few bits: a position's ids as the gaps between them, weights as one byte each, nats as one byte each.
+"""Compact codes for targets: the gaps between a position's ids, and weights and nats in one byte each.
 
-Which ids a position holds matters, their order does not. In ascending order a gap is small, and of n ids log2 n! bits need
-not be told. A gap is kept as its *octave* (how often it can be halved), whose few values a Huffman code makes short, and the
-bits below the leading one, which are as good as random and packed as they are (an Elias gamma code, IEEE Trans. Inf. Theory
-21, 1975, with the length coded by what is frequent).
+The ids of a position are a set, so their order carries no information. Sorting them saves log2 n! bits for n ids, and the
+gaps between neighbours are small. A gap g >= 1 is written as in an Elias-gamma code (Elias 1975, IEEE Trans. Inf. Theory
+21): its *octave* floor(log2 g), then the octave bits below the leading one. Elias-gamma writes the octave in unary. Here
+it is one byte, which a Huffman code later shortens to the entropy of the octaves (see :mod:`kdlib.cache.shards`). The
+remaining bits are close to uniform, so they are packed without further coding.
 
-Pure NumPy. :func:`kdlib.cache.kinds.bytes_per_token` adds up what each costs.
+Example: the ids 4, 9, 10 have the gaps 5, 5, 1, since the first gap counts from -1. 5 is 101 in binary: octave 2,
+remainder 01. 1 has octave 0 and no remainder.
+
+Pure NumPy. :func:`kdlib.cache.kinds.bytes_per_token` gives the size.
 """
 
 import numpy as np
@@ -17,39 +21,44 @@ LOG_WEIGHTS = np.r_[0, np.exp(np.linspace(-20, 4, 255))].astype(np.float32)
 
 
 def pack_ids(ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of ascending ids as gaps: the first id + 1, then from one id to the next, each 2^octave + remainder.
+    """Encode rows of ascending ids as gaps 2^octave + remainder; the first gap of a row is its first id + 1.
 
     Args:
-        ids: [sum of lengths] below 2^25, row after row, in a row ascending and none twice; lengths: [n].
+        ids: [sum of lengths] below 2^25, row after row, strictly ascending within a row; lengths: [n].
 
     Returns:
-        octaves: uint8 [sum of lengths]; remainders: bytes, each in ``octave`` bits, lowest bit first.
+        octaves: uint8 [sum of lengths]; remainders: a stream of bytes in which each remainder takes ``octave`` bits,
+        lowest bit first.
     """
     gaps = np.diff(ids, prepend=-1)
     starts = (np.cumsum(lengths) - lengths)[lengths > 0]
     gaps[starts] = ids[starts] + 1
+    # frexp writes a gap as m * 2^e with 0.5 <= m < 1, so e - 1 is floor(log2 gap): exact, unlike a rounded logarithm.
     octaves = np.frexp(gaps)[1].astype(np.uint8) - np.uint8(1)
-    # A gap's bits below its leading one: those of lower place than its octave.
+    # [gaps, 32]: bit j of each gap in column j. The mask keeps the columns below the octave, which leaves out the leading
+    # one (it is always set), and row-major order lays the remainders end to end.
     bits = np.unpackbits(gaps.astype("<u4").view(np.uint8).reshape(-1, 4), axis=1, bitorder="little")
     return octaves, np.packbits(bits[np.arange(32) < octaves[:, None]], bitorder="little")
 
 
 def unpack_ids(octaves: np.ndarray, remainders: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The ids of whole rows of what :func:`pack_ids` made, uint32 [sum of lengths].
+    """Decode the ids of whole rows from :func:`pack_ids`, uint32 [sum of lengths].
 
     Args:
         octaves: [sum of lengths] of these rows; lengths: [n].
-        remainders: the bytes, and four more of whatever value.
-        starts: uint32 [sum of lengths], the bit at which each one's remainder begins.
+        remainders: the bytes, followed by four bytes of any value.
+        starts: uint32 [sum of lengths], the bit at which each remainder begins.
     """
-    # The four bytes from the one where a remainder begins hold all of it.
+    # words[b] is the little-endian 32-bit word at byte b: a view with a stride of one byte, so words overlap. A remainder
+    # begins at one of the first 8 bits of its word and has at most 24 bits (ids are below 2^25): 7 + 24 bits fit.
     words = np.ndarray((max(0, len(remainders) - 3),), "<u4", remainders, strides=(1,))
     leading = np.uint32(1) << octaves
     gaps = words.take(starts >> np.uint32(3))
-    gaps >>= starts & 7
-    gaps &= leading - np.uint32(1)
-    gaps |= leading
-    # Sums may pass 2^32: what is left when the sum before a row is taken away is right all the same.
+    gaps >>= starts & 7  # now the remainder is in the lowest bits
+    gaps &= leading - np.uint32(1)  # without the bits of later remainders
+    gaps |= leading  # 2^octave + remainder
+    # An id is the sum of its row's gaps so far, less 1. One cumulative sum over all rows, minus its value before the row,
+    # gives it; the sum may wrap around at 2^32, and the difference is still exact modulo 2^32.
     ends = np.cumsum(gaps, dtype=np.uint32)
     before = np.r_[np.uint32(0), ends][np.cumsum(lengths) - lengths]
     ends -= np.repeat(before + np.uint32(1), lengths)
@@ -57,13 +66,13 @@ def unpack_ids(octaves: np.ndarray, remainders: np.ndarray, starts: np.ndarray, 
 
 
 def round_weights(weights: np.ndarray, uniforms: np.ndarray | None = None) -> np.ndarray:
-    """Codes [n] whose ``LOG_WEIGHTS`` stand for ``weights`` [n]; neighbours lie 10 % apart.
+    """Round ``weights`` [n] to the values in ``LOG_WEIGHTS``, about 10 % apart, and return their codes, uint8 [n].
 
     Args:
-        uniforms: [n] in [0, 1). With them a weight between two values takes the upper one with the probability that
-            makes its expectation exact (stochastic rounding), so an unbiased target stays unbiased. Without, the nearer.
+        uniforms: [n] in [0, 1). If given, a weight between two values is rounded up with the probability that makes its
+            expectation exact (stochastic rounding), so an unbiased target stays unbiased. Otherwise to the nearest value.
 
-    Weights above the largest value (exp(4)) become it, and their expectation falls short.
+    Weights above the largest value, exp(4), are clipped to it, so their expectation is too small.
     """
     weights = np.minimum(weights, LOG_WEIGHTS[-1])
     low = np.clip(np.searchsorted(LOG_WEIGHTS, weights, side="right") - 1, 0, 254)
@@ -72,10 +81,10 @@ def round_weights(weights: np.ndarray, uniforms: np.ndarray | None = None) -> np
 
 
 def code_nats(nats: np.ndarray) -> np.ndarray:
-    """Non-negative nats in one byte, finer where small: off by at most sqrt(nats) / 31 + 0.0003, 64 at most."""
+    """Quantise nats in 0..64 to one byte, uniformly in sqrt(nats): the error is at most sqrt(nats) / 31 + 0.0003."""
     return np.rint(255 * np.sqrt(np.clip(nats, 0, LARGEST_NATS) / LARGEST_NATS)).astype(np.uint8)
 
 
 def decode_nats(codes: np.ndarray) -> np.ndarray:
-    """What :func:`code_nats` coded, float32."""
+    """Invert :func:`code_nats`, float32."""
     return (codes.astype(np.float32) / 255) ** 2 * np.float32(LARGEST_NATS)

@@ -1,8 +1,8 @@
-"""Top-k targets in plain HDF5, to give to other tools and to take from them.
+"""Top-k targets in plain HDF5, for exchange with other tools.
 
 No layout is common to all tools. LLM-Distillery writes two datasets a conversation, log-probabilities ``convo_<n>`` (float16) and
 ``indices_<n>`` (int32), both [tokens, k] and gzipped; others pad conversations to [samples, length, k]; DistillKit packs lists into
-parquet. What they share is two arrays of one shape, log-probabilities and token ids; so it is here, flat, with nothing padded::
+parquet. What they share is two arrays of one shape, log-probabilities and token ids. This layout keeps both flat, without padding::
 
     indices    [positions, k] int32               token ids, different within a row
     logprobs   [positions, k] float16 or float32  natural logarithms, of probabilities over the whole vocabulary
@@ -28,7 +28,7 @@ import numpy as np
 from kdlib.errors import KdlibError
 
 FORMAT, VERSION = "top-k log-probabilities", 1
-CHUNK, STEP = 2**16, 2**20  # entries in one chunk of the file, and handled at a time
+CHUNK, BATCH = 2**16, 2**20  # entries in one chunk of the file, and in one batch in memory
 STORED = {"shuffle": True, "compression": "gzip", "compression_opts": 4}
 
 
@@ -65,21 +65,21 @@ def export_top_k(
     documents: Sequence[str] | None = None,
     attributes: Mapping[str, str | int | float] | None = None,
 ) -> None:
-    """Write top-k targets, whole or not at all.
+    """Write top-k targets atomically.
 
     Args:
-        path: of the file; an older one is replaced.
+        path: of the file; an existing one is replaced.
         ids: [n, k] token ids. This, ``log_probabilities`` and ``log_tail`` may be anything with a shape and a dtype whose slices
-            of rows are arrays: an array, a memory map, a dataset of an open HDF5 file. A few thousand rows are held at a time.
+            of rows are arrays: an array, a memory map, a dataset of an open HDF5 file. A few thousand rows are in memory at a time.
         log_probabilities: [n, k] float16 or float32, nats.
-        log_tail: [n], the logarithm of the mass that is left, or None.
+        log_tail: [n], the logarithm of the remaining mass, or None.
         vocabulary: number of tokens.
         offsets: [documents + 1], ascending from 0 to n. documents: their names.
-        attributes: kept as attributes of the file: whose targets these are, of which text, at which temperature.
+        attributes: stored as attributes of the file, such as teacher, text and temperature.
 
     Raises:
-        KdlibError: shapes or types that do not fit together; ids outside the vocabulary or twice in a row; values that are
-            not finite (but for rows of minus infinity throughout); a row with more than all the mass, or, with its tail, less.
+        KdlibError: shapes or types that do not match; ids outside the vocabulary or repeated in a row; values that are not
+            finite, except in rows of minus infinity only; a row with a mass above 1, or, with its tail, below 1.
     """
     where = f"{path} cannot be written:"
     _check_shapes(where, ids, log_probabilities, log_tail, vocabulary)
@@ -88,20 +88,20 @@ def export_top_k(
         offsets = np.asarray(offsets)
         _check_documents(where, offsets, documents, positions)
     elif documents is not None:
-        raise KdlibError(f"{where} documents without offsets. Give the position at which each begins, and the end.")
+        raise KdlibError(f"{where} `documents` must come with `offsets`, got none. Give the position at which each begins, and the end.")
     named = {"format": FORMAT, "version": VERSION, "vocabulary": vocabulary}
     if wrong := [
         key for key, value in (attributes or {}).items() if key in named or not isinstance(value, str | int | float)
     ]:
         raise KdlibError(
-            f"{where} attributes are strings and numbers not named {', '.join(named)}; found {', '.join(wrong)}."
+            f"{where} attributes must be strings and numbers, not named {', '.join(named)}, got {', '.join(wrong)}."
         )
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     try:
-        # Since HDF5 1.10 what describes the data has checksums, too.
+        # Since HDF5 1.10 metadata has checksums, too.
         with h5py.File(temporary, "w", libver=("v110", "v110")) as file:
             for name, value in (named | dict(attributes or {})).items():
                 file.attrs[name] = _text(value) if isinstance(value, str) else value
@@ -122,8 +122,8 @@ def export_top_k(
                 file.create_dataset("offsets", data=offsets.astype(np.int64), **STORED)
             if documents is not None:
                 file.create_dataset("documents", data=_text(list(documents)), **STORED)
-            for rows in _steps(0, positions, k):
-                part = {name: np.asarray(source[rows]) for name, (source, _) in kept.items()}
+            for rows in _batches(0, positions, k):
+                part = {name: np.asarray(values[rows]) for name, (values, _) in kept.items()}
                 _check_rows(where, rows.start, part["indices"], part["logprobs"], part.get("log_tail"), vocabulary)
                 for name, (_, dataset) in kept.items():
                     dataset[rows] = part[name]
@@ -143,18 +143,18 @@ def import_top_k(
     ids: str = "indices",
     log_probabilities: str = "logprobs",
 ) -> TopK:
-    """Read top-k targets, with the checks of :func:`export_top_k`; rows that are not in descending order are put so.
+    """Read top-k targets, with the checks of :func:`export_top_k`; rows are sorted in descending order.
 
     Args:
-        path: of a file in this layout, or in that of another tool with the same two arrays.
-        first, last: the rows wanted, last exclusive, by default all. A large file is read range by range; ``positions`` of an
-            empty range tells how many there are.
-        vocabulary: number of tokens, to compare with the file's; needed for a file that does not tell.
-        ids, log_probabilities: what the two datasets are called.
+        path: of a file in this layout, or in another tool's layout with the same two arrays.
+        first, last: rows to read, last exclusive, by default all. Read a large file range by range; ``positions`` of an empty
+            range gives the number of rows.
+        vocabulary: number of tokens, compared with the file's; required if the file has none.
+        ids, log_probabilities: names of the two datasets.
 
     Raises:
-        KdlibError: no file, not HDF5, truncated or damaged (named); another version; datasets missing, kept outside the file, or
-            of other shapes; another vocabulary, or none known; a range outside the file; and all that an export refuses.
+        KdlibError: no file, not HDF5, truncated or damaged (named); another version; datasets missing, stored outside the file,
+            or of other shapes; another vocabulary, or none known; a range outside the file; and everything an export refuses.
     """
     path = Path(path)
     where = f"{path} cannot be used:"
@@ -163,19 +163,19 @@ def import_top_k(
         about = {key: value.decode() if isinstance(value, bytes) else value for key, value in about.items()}
         if about.get("format") == FORMAT and about.get("version") != VERSION:
             raise KdlibError(
-                f"{where} its layout has version {about.get('version')}; this code reads version {VERSION}."
+                f"{where} its layout must have version {VERSION}, got {about.get('version')}. Export it again."
             )
         about = {key: value for key, value in about.items() if key not in ("format", "version")}
         found = about.pop("vocabulary", vocabulary)
         if found is None or vocabulary not in (None, found):
             raise KdlibError(
-                f"{where} its vocabulary has {'an unknown number of' if found is None else found} tokens and the one expected "
-                f"{'is not given' if vocabulary is None else vocabulary}. Take targets of a teacher that shares the student's tokenizer."
+                f"{where} its vocabulary must have {'a known number of' if vocabulary is None else vocabulary} tokens, got "
+                f"{'an unknown number' if found is None else found}. The teacher must share the student's tokenizer."
             )
-        sources = [_dataset(file, where, name) for name in (ids, log_probabilities)]
+        datasets = [_dataset(file, where, name) for name in (ids, log_probabilities)]
         tail = _dataset(file, where, "log_tail") if "log_tail" in file else None
-        _check_shapes(where, *sources, tail, found)
-        positions, k = sources[0].shape
+        _check_shapes(where, *datasets, tail, found)
+        positions, k = datasets[0].shape
         offsets = _dataset(file, where, "offsets")[:] if "offsets" in file else None
         documents = _dataset(file, where, "documents").asstr()[:].tolist() if "documents" in file else None
         if offsets is not None:
@@ -183,12 +183,12 @@ def import_top_k(
             offsets = offsets.astype(np.int64)
         last = positions if last is None else last
         if not 0 <= first <= last <= positions:
-            raise KdlibError(f"{where} it has rows 0..{positions}; asked for {first}..{last}.")
+            raise KdlibError(f"{where} `first` and `last` must be within its rows 0..{positions}, got {first}..{last}.")
 
-        out = [np.empty((last - first, *source.shape[1:]), source.dtype) for source in sources]
+        out = [np.empty((last - first, *dataset.shape[1:]), dataset.dtype) for dataset in datasets]
         out_tail = None if tail is None else np.empty(last - first, tail.dtype)
-        for rows in _steps(first, last, k):
-            part = [source[rows] for source in sources]
+        for rows in _batches(first, last, k):
+            part = [dataset[rows] for dataset in datasets]
             part_tail = None if tail is None else tail[rows]
             _check_rows(where, rows.start, *part, part_tail, found)
             # Stable, so that rows in order come back as they are.
@@ -204,22 +204,22 @@ def import_top_k(
 @contextmanager
 def _opened(path: Path) -> Iterator[h5py.File]:
     if not path.is_file():
-        raise KdlibError(f"{path} does not exist. Expected an HDF5 file of top-k targets.")
+        raise KdlibError(f"{path} must be an HDF5 file of top-k targets, got no file. Correct the path.")
     try:
         with h5py.File(path, "r") as file:
             yield file
     except KdlibError:
         raise
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-        # HDF5 raises all of these, depending on which of its structures is broken.
+        # HDF5 raises any of these, depending on which of its structures is damaged.
         raise KdlibError(
-            f"{path} is not a whole HDF5 file of top-k targets: it is truncated, damaged or something else ({str(error)[:200]}). "
+            f"{path} must be a complete HDF5 file of top-k targets, got a truncated, damaged or other file ({str(error)[:200]}). "
             "Fetch or export it again."
         ) from None
 
 
 def _text(value: str | list[str]) -> np.ndarray:
-    """Strings of fixed length: those of variable length lie outside the datasets, where nothing guards them."""
+    """Strings of fixed length: HDF5 stores variable-length strings outside the datasets, without checksums."""
     encoded = np.char.encode(value, "utf-8")
     return encoded.astype(h5py.string_dtype(length=max(1, encoded.dtype.itemsize)))
 
@@ -227,38 +227,38 @@ def _text(value: str | list[str]) -> np.ndarray:
 def _dataset(file: h5py.File, where: str, name: str) -> h5py.Dataset:
     if name not in file:
         raise KdlibError(
-            f"{where} it has no dataset {name!r}, only {', '.join(file) or 'none'}. Tell import_top_k the names."
+            f"{where} it must have a dataset {name!r}, got {', '.join(file) or 'none'}. Pass the names to import_top_k."
         )
     dataset = file[name]
     # HDF5 can point to other files: a file from elsewhere must not make this process read them.
     outside = not isinstance(file.get(name, getlink=True), h5py.HardLink)
     if outside or not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
-        raise KdlibError(f"{where} {name!r} is not a dataset within the file. Export it with its data inside.")
+        raise KdlibError(f"{where} {name!r} must be a dataset stored inside the file. Export it with its data inside.")
     return dataset
 
 
-def _steps(first: int, last: int, k: int) -> Iterator[slice]:
-    step = max(1, CHUNK // k) * max(1, STEP // CHUNK)
-    for start in range(first, last, step):
-        yield slice(start, min(start + step, last))
+def _batches(first: int, last: int, k: int) -> Iterator[slice]:
+    rows = max(1, CHUNK // k) * max(1, BATCH // CHUNK)
+    for start in range(first, last, rows):
+        yield slice(start, min(start + rows, last))
 
 
 def _check_shapes(where: str, ids, log_probabilities, log_tail, vocabulary: int) -> None:
     if len(ids.shape) != 2 or 0 in ids.shape or log_probabilities.shape != ids.shape:
         raise KdlibError(
-            f"{where} expected ids and log-probabilities of one shape [n, k], n and k above 0; found {ids.shape} and {log_probabilities.shape}."
+            f"{where} ids and log-probabilities must have one shape [n, k], n and k above 0, got {ids.shape} and {log_probabilities.shape}."
         )
     if log_tail is not None and log_tail.shape != ids.shape[:1]:
-        raise KdlibError(f"{where} expected a tail for each of the {ids.shape[0]} rows; found shape {log_tail.shape}.")
+        raise KdlibError(f"{where} `log_tail` must have one value for each of the {ids.shape[0]} rows, got shape {log_tail.shape}.")
     if np.dtype(ids.dtype).kind not in "iu" or np.dtype(log_probabilities.dtype) not in (np.float16, np.float32):
         raise KdlibError(
-            f"{where} expected integer ids and float16 or float32 log-probabilities; found {ids.dtype} and {log_probabilities.dtype}."
+            f"{where} ids must be integers and log-probabilities float16 or float32, got {ids.dtype} and {log_probabilities.dtype}."
         )
     if log_tail is not None and np.dtype(log_tail.dtype) != np.float32:
-        raise KdlibError(f"{where} expected a float32 log_tail; found {log_tail.dtype}.")
+        raise KdlibError(f"{where} `log_tail` must be float32, got {log_tail.dtype}.")
     if not ids.shape[1] <= vocabulary <= 2**31:
         raise KdlibError(
-            f"{where} expected a vocabulary of at least k = {ids.shape[1]} tokens and at most 2^31; found {vocabulary}."
+            f"{where} `vocabulary` must be at least k = {ids.shape[1]} tokens and at most 2^31, got {vocabulary}."
         )
 
 
@@ -266,10 +266,10 @@ def _check_documents(where: str, offsets: np.ndarray, documents: Sequence[str] |
     whole = offsets.ndim == 1 and offsets.dtype.kind in "iu" and len(offsets) > 1
     if not whole or offsets[0] != 0 or offsets[-1] != positions or (np.diff(offsets.astype(np.int64)) < 0).any():
         raise KdlibError(
-            f"{where} expected integer offsets that ascend from 0 to {positions}, one more than documents."
+            f"{where} `offsets` must be integers that ascend from 0 to {positions}, one more than documents."
         )
     if documents is not None and len(documents) != len(offsets) - 1:
-        raise KdlibError(f"{where} {len(documents)} document names for {len(offsets) - 1} documents.")
+        raise KdlibError(f"{where} `documents` must have {len(offsets) - 1} names, one for each document, got {len(documents)}.")
 
 
 def _check_rows(where: str, first: int, ids, log_probabilities, log_tail, vocabulary: int) -> None:
@@ -287,7 +287,7 @@ def _check_rows(where: str, first: int, ids, log_probabilities, log_tail, vocabu
     if log_tail is not None:
         empty &= np.isneginf(log_tail)
     finite = np.isfinite(log_probabilities).all(1)
-    if log_tail is not None:  # nothing at all may be left
+    if log_tail is not None:  # minus infinity: no mass remains
         finite &= np.isfinite(log_tail) | np.isneginf(log_tail)
     refuse(~finite & ~empty, "has values that are not finite")
     with np.errstate(over="ignore", invalid="ignore"):

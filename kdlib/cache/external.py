@@ -1,7 +1,7 @@
-"""Teachers that tell no more than their most likely tokens: a completion server, or a file that another tool wrote.
+"""Teachers of which only the most likely tokens are known: a completion server, or a file of another tool.
 
-Their targets are of kind topk at temperature 1. The entropy kept is that of the k + 1 outcomes, and where the text's token is
-not among the k, its loss is taken to be that of the whole rest: both are lower bounds.
+Their targets are of kind topk at temperature 1. The entropy is that of the k + 1 outcomes, and where the text's token is not
+among the k, its loss is computed from the whole remaining mass: both are lower bounds.
 """
 
 from collections.abc import Iterator
@@ -16,16 +16,16 @@ from kdlib.cache.server import CompletionServer
 from kdlib.data.corpus import Split
 from kdlib.errors import KdlibError
 
-POSITIONS = 4096  # read or asked for at a time
-SMALLEST = -21.0  # stands for probabilities that round to 0
+POSITIONS = 4096  # read or requested at a time
+SMALLEST = -21.0  # log of probabilities that round to 0
 
 
 class TopChunk(NamedTuple):
-    """What such a teacher says of some positions.
+    """The most likely tokens after some positions.
 
     Attributes:
         positions: [n] flat positions; labels: [n] their next tokens.
-        ids: [n, k] int64; log_probabilities: [n, k], nats, descending; log_tail: [n], log of the mass that is left.
+        ids: [n, k] int64; log_probabilities: [n, k], nats, descending; log_tail: [n], log of the remaining mass.
     """
 
     positions: np.ndarray
@@ -36,7 +36,7 @@ class TopChunk(NamedTuple):
 
 
 class ServerTeacher:
-    """A completion server; what it was asked for and answered is kept shard by shard, like any other teacher's."""
+    """A completion server as teacher; its answers are written shard by shard, like the targets of any teacher."""
 
     width = head = None
 
@@ -45,10 +45,10 @@ class ServerTeacher:
         self.precision = "as served"
 
     def fingerprint(self) -> None:
-        """A server does not tell its weights."""
+        """None: the weights of a server are not known."""
 
     def chunks(self, split: Split, index: np.ndarray) -> Iterator[TopChunk]:
-        """As :meth:`kdlib.cache.ModelTeacher.chunks`; every window is a prompt of its own."""
+        """As :meth:`kdlib.cache.ModelTeacher.chunks`; every window is one prompt."""
         positions = index[index >= 0]
         # Windows of one document follow one another without a gap only where the first fills its row.
         cuts = np.flatnonzero((np.diff(positions) != 1) | (np.diff(np.nonzero(index >= 0)[0]) != 0)) + 1
@@ -64,7 +64,7 @@ class FileTeacher:
     """Top-k targets from HDF5 (see :mod:`kdlib.cache.exchange`), a row for each flat position of a split.
 
     Raises:
-        KdlibError: rows for another number of positions, other documents or another vocabulary.
+        KdlibError: another number of rows, other documents or another vocabulary.
     """
 
     width = head = None
@@ -76,13 +76,12 @@ class FileTeacher:
         moved = about.offsets is not None and not np.array_equal(about.offsets, split.offsets)
         if about.positions != len(split.tokens) or moved:
             raise KdlibError(
-                f"{path} holds targets of another text: expected {len(split.tokens)} positions and documents where the split "
-                f"{split.name!r} has them, found {about.positions}{' and documents elsewhere' if moved else ''}. It needs a row for each "
-                "token of the split, in its order, the last of a document included."
+                f"{path} must have one row for each of the {len(split.tokens)} tokens of the split {split.name!r}, got "
+                f"{about.positions}{' and other document offsets' if moved else ''}. Include the last token of every document."
             )
 
     def fingerprint(self) -> None:
-        """A file does not tell the weights it comes from."""
+        """None: the weights behind a file are not known."""
 
     def chunks(self, split: Split, index: np.ndarray) -> Iterator[TopChunk]:
         """As :meth:`kdlib.cache.ModelTeacher.chunks`."""
@@ -99,27 +98,27 @@ def _chunk(split: Split, positions, ids, log_probabilities, log_tail) -> TopChun
     if not np.isfinite(log_probabilities).all():
         empty = positions[~np.isfinite(log_probabilities).all(1)]
         raise KdlibError(
-            f"{len(empty)} positions that predict a token have no log-probabilities, the first {empty[0]}."
+            f"Every position that predicts a token must have log-probabilities, got {len(empty)} without, the first {empty[0]}."
         )
     if log_tail is None:
-        # Rounding may leave the k a little more than all the mass.
+        # Due to rounding, the k may sum to slightly more than 1.
         kept = np.minimum(np.logaddexp.reduce(log_probabilities, axis=1), -1e-9)
         log_tail = np.log(-np.expm1(kept))
-    # The text's token may be among those that are left, however little mass they have.
+    # The text's token may be among the remaining ones, however small their mass.
     log_tail = np.maximum(log_tail, SMALLEST)
     labels = split.tokens[positions + 1].astype(np.int64)
     return TopChunk(positions, labels, ids.astype(np.int64), log_probabilities, log_tail)
 
 
 def export_cache(cache: TargetCache, split: Split, path: Path, attributes: dict | None = None) -> None:
-    """Write a cache of kind topk as HDF5 that other tools read; rows of positions that predict nothing hold minus infinity.
+    """Write a cache of kind topk as HDF5 for other tools; rows of positions that predict nothing are minus infinity.
 
     Raises:
         KdlibError: another kind.
     """
     if cache.kind.name != "topk":
         raise KdlibError(
-            f"Only targets of kind topk are the k largest probabilities of every token; found {cache.kind.name}."
+            f"`cache` must be of kind topk, the k largest probabilities of every token, got {cache.kind.name}."
         )
     k, ranges = cache.kind.top_k, range(0, cache.positions, POSITIONS)
     ids = np.tile(np.arange(k, dtype=np.int32), (cache.positions, 1))
@@ -132,7 +131,7 @@ def export_cache(cache: TargetCache, split: Split, path: Path, attributes: dict 
         likeliest, weights = part.ids.gather(1, order).numpy(), weights.numpy()
         for row in np.flatnonzero((weights > 0).any(1)):
             kept = np.count_nonzero(weights[row])
-            # Probabilities too small to have been kept: other ids in their place, as unlikely.
+            # Probabilities too small to be stored are replaced by other ids, equally unlikely.
             spare = np.setdiff1d(np.arange(k + kept), likeliest[row, :kept])[: k - kept]
             ids[low + row] = np.r_[likeliest[row, :kept], spare]
             log_probabilities[low + row] = np.r_[np.log(weights[row, :kept]), np.full(len(spare), SMALLEST)]

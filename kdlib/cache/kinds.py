@@ -1,26 +1,26 @@
-"""The kinds of target: how one is taken from teacher log-probabilities, and what it costs on disk.
+"""Kinds of target: how each is computed from teacher log-probabilities, and its size on disk.
 
 *sampled*: N ids drawn with replacement from q ~ t^rho, t = softmax(z / tau). An id drawn c times has weight
 (c / N) t / q, not renormalised: its expectation is t exactly, and so the gradient of the cross-entropy to it is unbiased
 (Anshumann et al. 2025, arXiv 2503.16870). With rho = 1 the weight is c / N, kept without rounding. Others are rounded at random,
 which leaves their expectation as it is (up to a largest weight, see :func:`kdlib.cache.encoding.round_weights`).
 
-Stratified, the j-th draw comes from the j-th of N equal parts of the cumulative distribution of q. Expectations are the
-same, and no weighted sum over the vocabulary has a larger variance than with independent draws (Douc, Cappé & Moulines
+With stratified draws, the j-th comes from the j-th of N equal parts of the cumulative distribution of q. Expectations stay
+the same, and no weighted sum over the vocabulary has a larger variance than with independent draws (Douc, Cappé & Moulines
 2005, "Comparison of resampling schemes for particle filtering", arXiv cs/0507025, section 3.2): the count of a likely id
-hardly varies any more.
+hardly varies.
 
 *topk*: the k largest probabilities and the mass left over as a (k+1)-th outcome. Without that outcome the optimum of the
-loss is t / a on the k ids (a: their mass), which is biased and overconfident.
+loss is t / a on the k ids, a being their total mass, which is biased and overconfident.
 
-*topk_sampled*: the k largest probabilities, and N draws from the rest with the rest's mass as their total: unbiased,
-where most of the mass lies no variance is left but that of rounding.
+*topk_sampled*: the k largest probabilities, and N draws from the remaining ids, whose weights sum to the remaining mass.
+Unbiased, and the k largest have no variance except that of rounding.
 
-*dense*: the teacher's last hidden states, which with its output layer (kept once) are the whole distribution at any
-temperature. The reference, and the source that other kinds can be drawn from again.
+*dense*: the teacher's last hidden states. Together with its output layer, kept once, they give the whole distribution at
+any temperature. They are the reference, and other kinds can be computed from them.
 
-All but dense are entries (id, weight), a token's in ascending id. Next to them lie the entropy of t, which turns a
-cross-entropy to the target into a KL, and the teacher's loss on the text itself.
+All kinds but dense are entries (id, weight), sorted by id within a token. Each token also has the entropy of t, which turns
+a cross-entropy to the target into a KL divergence, and the teacher's loss on the text itself.
 """
 
 import math
@@ -35,7 +35,7 @@ from kdlib.errors import KdlibError
 
 NAMES = ("sampled", "topk", "topk_sampled", "dense")
 MAX_DRAWS = 255  # all may fall on one id, and a count is one byte
-MAX_ENTRIES = 2**16 - 1  # of a token: their number takes two bytes at most
+MAX_ENTRIES = 2**16 - 1  # of a token: their number takes at most two bytes
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Kind:
         draws: N, draws a token (sampled, topk_sampled).
         top_k: k (topk, topk_sampled).
         proposal: rho, exponent of the distribution drawn from (sampled, topk_sampled).
-        stratified: whether each draw comes from a part of its own of that distribution (sampled, topk_sampled).
+        stratified: whether each draw comes from its own part of that distribution (sampled, topk_sampled).
     """
 
     name: str
@@ -58,19 +58,18 @@ class Kind:
 
     def __post_init__(self):
         if self.name not in NAMES:
-            raise KdlibError(f"Unknown kind of targets {self.name!r}. Expected one of {', '.join(NAMES)}.")
+            raise KdlibError(f"`kind` of targets must be one of {', '.join(NAMES)}, got {self.name!r}.")
         if self.draws_ids and not 1 <= self.draws <= MAX_DRAWS:
             raise KdlibError(
-                f"draws must lie in 1..{MAX_DRAWS}, since a count takes one byte; found {self.draws}. A few dozen are enough."
+                f"`draws` must be in 1..{MAX_DRAWS}, since a count takes one byte, got {self.draws}. A few dozen are enough."
             )
-        if self.has_head and not 1 <= self.top_k <= MAX_ENTRIES - self.draws * self.draws_ids:
+        if self.keeps_top and not 1 <= self.top_k <= MAX_ENTRIES - self.draws * self.draws_ids:
             raise KdlibError(
-                f"top_k must be at least 1, and a token has at most {MAX_ENTRIES} entries; found {self.top_k}. A few dozen are enough."
+                f"`top_k` must be at least 1, with at most {MAX_ENTRIES} entries a token, got {self.top_k}. A few dozen are enough."
             )
         if self.draws_ids and not 0 < self.proposal <= 1.5:
             raise KdlibError(
-                f"proposal (rho) must lie above 0 and not above 1.5; found {self.proposal}. 1 draws from the teacher itself, "
-                "less draws more of what it finds unlikely."
+                f"`proposal` must be above 0 and at most 1.5, got {self.proposal}. 1 samples the teacher; less favours unlikely tokens."
             )
 
     @property
@@ -79,8 +78,8 @@ class Kind:
         return self.name in ("sampled", "topk_sampled")
 
     @property
-    def has_head(self) -> bool:
-        """Whether the largest probabilities are always among the entries."""
+    def keeps_top(self) -> bool:
+        """Whether the k largest probabilities are always among the entries."""
         return self.name in ("topk", "topk_sampled")
 
     @property
@@ -96,38 +95,38 @@ class Kind:
     @property
     def most_entries(self) -> int:
         """Largest number of entries of a token."""
-        return self.top_k * self.has_head + self.draws * self.draws_ids
+        return self.top_k * self.keeps_top + self.draws * self.draws_ids
 
     @property
     def length_type(self) -> np.dtype:
-        """What the number of entries of a token is kept as."""
+        """Integer type that holds a token's number of entries."""
         return np.dtype("<u1" if self.most_entries < 2**8 else "<u2")
 
     @property
     def uniforms(self) -> int:
-        """Random numbers a token needs: one a draw, and one an entry whose weight is rounded at random."""
+        """Random numbers needed per token: one per draw, and one per entry whose weight is rounded stochastically."""
         return self.draws_ids * (self.draws + (0 if self.counts else self.most_entries))
 
     def describe(self) -> dict:
-        """What sets the kind apart, for a manifest."""
-        read = {"draws": self.draws_ids, "top_k": self.has_head, "proposal": self.draws_ids}
+        """The fields that this kind reads, for a manifest."""
+        read = {"draws": self.draws_ids, "top_k": self.keeps_top, "proposal": self.draws_ids}
         read["stratified"] = self.draws_ids and self.stratified
         return {name: value for name, value in asdict(self).items() if read.get(name, True)}
 
 
 def bytes_per_token(kind: Kind, vocabulary: int, width: int) -> float:
-    """Largest number of bytes one token can take on disk, beside what every shard takes (``shards.SHARD_BYTES``).
+    """Upper bound on the bytes per token on disk, without the fixed size of a shard (``shards.SHARD_BYTES``).
 
-    An entry is a code of one byte, an octave of one of log2 V + 1 values and a remainder: gaps sum to V at most, so those of
-    m entries have together at most m log2(V / m) bits below their leading ones (the logarithm is concave). Number of
-    entries: 1 or 2. Entropy and loss: 1 each. topk: 2 for the mass left over. dense: 2 a hidden unit. Deflating what cannot be
-    deflated adds a thousandth, and a frame takes 128 bytes, 0.5 a token.
+    An entry has a code of one byte, an octave with log2 V + 1 possible values, and a remainder. The m gaps of a token sum to
+    at most V, so their remainders have at most m log2(V / m) bits together (Jensen: the logarithm is concave). The number of
+    entries takes 1 or 2 bytes, entropy and loss 1 each, the remaining mass of topk 2, a hidden unit of dense 2. Deflate adds
+    at most 0.1 % to incompressible bytes, and a frame has at most 128 bytes of overhead, 0.5 a token.
     """
     if kind.name == "dense":
         return 2 * width + 2
     m = kind.most_entries
     octave = math.ceil(math.log2(vocabulary.bit_length() + 1))
-    # Beyond V / e entries fewer have larger remainders.
+    # A token may have fewer than m entries, and m log2(V / m) peaks at m = V / e: the ratio counts as at least e.
     remainder = math.log2(max(vocabulary / m, math.e))
     return 2.5 + kind.length_type.itemsize + m * (1.001 + (octave + remainder) / 8) + 2 * (kind.name == "topk")
 
@@ -144,19 +143,19 @@ def statistics(log_t: Tensor, labels: Tensor) -> dict[str, np.ndarray]:
 
 
 def take(kind: Kind, log_t: Tensor, uniforms: Tensor | None) -> dict[str, np.ndarray]:
-    """The entries of n tokens: ``lengths`` [n], ``ids`` and ``codes`` [sum of lengths]; ``log_tail`` [n] for topk.
+    """Compute the entries of n tokens: ``lengths`` [n], ``ids`` and ``codes`` [sum of lengths]; ``log_tail`` [n] for topk.
 
     Args:
         log_t: [n, V] log-probabilities.
-        uniforms: [n, kind.uniforms] in [0, 1), float64: targets are a function of these and of log_t alone, whatever
-            the device or batch.
+        uniforms: [n, kind.uniforms] in [0, 1), float64. Targets depend on these and log_t only, not on the device or
+            batch.
 
     Raises:
         KdlibError: top_k not below the vocabulary.
     """
-    if kind.has_head and kind.top_k >= log_t.shape[1]:
+    if kind.keeps_top and kind.top_k >= log_t.shape[1]:
         raise KdlibError(
-            f"top_k must lie below the vocabulary, {log_t.shape[1]}; found {kind.top_k}. For whole distributions use kind dense."
+            f"`top_k` must be below the vocabulary size {log_t.shape[1]}, got {kind.top_k}. For whole distributions use kind dense."
         )
     if kind.name == "topk":
         values, ids = log_t.topk(kind.top_k, dim=-1)
@@ -170,27 +169,27 @@ def take(kind: Kind, log_t: Tensor, uniforms: Tensor | None) -> dict[str, np.nda
     if kind.name == "sampled":
         ids, weights, used = _weighted(log_t, drawn, kind.proposal)
         return _entries(ids, encoding.round_weights(weights, rounding), used)
-    values, head = log_t.topk(kind.top_k, dim=-1)
-    rest, log_mass = _rest(log_t, head)
+    values, top = log_t.topk(kind.top_k, dim=-1)
+    rest, log_mass = _rest(log_t, top)
     ids, weights, used = _weighted(rest - torch.from_numpy(log_mass).to(rest)[:, None], drawn, kind.proposal)
     weights = np.concatenate([values.double().exp().cpu().numpy(), weights * np.exp(log_mass)[:, None]], axis=1)
-    ids = np.concatenate([head.cpu().numpy(), ids], axis=1)
-    # Where the head has all mass, there was nothing to draw from.
-    used = np.concatenate([np.ones(head.shape, bool), used & np.isfinite(log_mass)[:, None]], axis=1)
+    ids = np.concatenate([top.cpu().numpy(), ids], axis=1)
+    # Where the top k have all the mass, there was nothing to draw from.
+    used = np.concatenate([np.ones(top.shape, bool), used & np.isfinite(log_mass)[:, None]], axis=1)
     return _entries(ids, encoding.round_weights(weights, rounding), used)
 
 
 def take_top(
     kind: Kind, ids: np.ndarray, log_probabilities: np.ndarray, log_tail: np.ndarray, labels: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """The entries and statistics of n tokens of which no more is known than their most likely successors.
+    """Compute the entries and statistics of n tokens when only the most likely next tokens are known.
 
     Args:
-        kind: topk, of no more than the K that are known.
+        kind: topk, with top_k at most K.
         ids, log_probabilities: [n, K], descending; log_tail: [n], log of the mass of all others; labels: [n].
 
     Returns:
-        As :func:`take` and :func:`statistics`; the latter are those of K + 1 outcomes, and so lower bounds.
+        As :func:`take` and :func:`statistics`; the latter are of K + 1 outcomes, hence lower bounds.
     """
     k, listed = kind.top_k, np.exp(log_probabilities)
     tail = np.logaddexp(log_tail, np.logaddexp.reduce(log_probabilities[:, k:], axis=1, initial=-np.inf))
@@ -239,7 +238,7 @@ def _rows(ids: Tensor, codes: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _entries(ids: np.ndarray, codes: np.ndarray, used: np.ndarray) -> dict[str, np.ndarray]:
-    """Ragged rows in ascending id from [n, m] arrays; entries without weight are left out."""
+    """Ragged rows sorted by id from [n, m] arrays; entries of weight 0 are left out."""
     used = used & (codes > 0)
     order = np.argsort(np.where(used, ids, np.iinfo(np.int64).max), axis=1)
     ids, codes, used = (np.take_along_axis(values, order, axis=1) for values in (ids, codes, used))

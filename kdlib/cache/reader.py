@@ -1,4 +1,4 @@
-"""Targets read back by flat position, in any order, after their guard and checksums have been compared."""
+"""Read targets by flat position, in any order, after their guard and checksums are verified."""
 
 import hashlib
 from pathlib import Path
@@ -17,7 +17,7 @@ from kdlib.losses import DenseTargets, SparseTargets
 
 
 def guard(split: Split, tokenizer_fingerprint: str, vocabulary: int, block_length: int, teacher: str) -> dict:
-    """What targets depend on and a student must share, each part under its own name so that a mismatch can be named.
+    """Everything that targets depend on and a student must share, by name, so that a mismatch can be named.
 
     Args:
         teacher: identifies the teacher's weights and precision: the id of its run.
@@ -36,12 +36,12 @@ class TargetCache:
 
     Args:
         folder: written by :func:`kdlib.cache.write_targets`.
-        expected: the guard of the data that will be trained on; every entry must agree with the cache's.
-        temperature: of the loss that will read; kind dense serves any.
+        expected: the guard of the training data; every entry must equal the cache's.
+        temperature: of the loss; kind dense supports any.
 
     Raises:
-        KdlibError: not a finished cache, another version, a guard that differs (what, expected, found), a temperature it
-            cannot serve, or a damaged shard (named).
+        KdlibError: not a finished cache, another version, a guard that differs (which entry, expected, found), a
+            temperature it does not support, or a damaged shard (named).
     """
 
     def __init__(self, folder: Path, expected: dict, temperature: float):
@@ -52,15 +52,15 @@ class TargetCache:
             if manifest["guard"].get(key) != value
         }
         if wrong:
-            told = "; ".join(f"{key}: expected {value!r}, found {found!r}" for key, (value, found) in wrong.items())
+            told = "; ".join(f"{key}: expected {value!r}, got {found!r}" for key, (value, found) in wrong.items())
             raise KdlibError(
-                f"Targets in {folder} belong to something else ({told}). Write targets for this setting with notebooks/03_targets.ipynb."
+                f"Targets in {folder} must match this setting ({told}). Write targets for it with notebooks/03_targets.ipynb."
             )
         self.kind = Kind(**manifest["kind"])
         if temperature != manifest["temperature"] and self.kind.name != "dense":
             raise KdlibError(
-                f"Targets in {folder} describe the teacher at temperature {manifest['temperature']} and cannot serve {temperature}: "
-                "a sampled or truncated distribution cannot be re-tempered. Write targets at that temperature, or kind dense."
+                f"`temperature` must be {manifest['temperature']}, that of the targets in {folder}, got {temperature}. Write targets "
+                f"at {temperature}, or of kind dense, which supports any."
             )
         self.temperature, self.positions, self.precision = temperature, manifest["positions"], manifest["precision"]
         self.weights_sha256 = manifest.get("weights_sha256")
@@ -70,7 +70,7 @@ class TargetCache:
             about = describe_shard(folder, number)
             if about is None:
                 raise KdlibError(
-                    f"Target shard {folder / f'{number:05d}.json'} is missing. Write the targets again: only this shard is redone."
+                    f"Target shard {folder / f'{number:05d}.json'} is missing. Write the targets again: only this shard is rewritten."
                 )
             check_shard(folder, number, about)
             firsts.append(about["first"])
@@ -83,25 +83,25 @@ class TargetCache:
             self._first_frames = np.cumsum([0, *map(len, starts)])[:-1]
 
     def read(self, positions: np.ndarray) -> SparseTargets | DenseTargets:
-        """Targets at flat ``positions`` [T], row for row; −1 gives a row without mass (dense: a row of zeros).
+        """Targets at flat ``positions`` [T], one row each; −1 gives a row without mass (dense: a row of zeros).
 
         Raises:
             KdlibError: a position past the end, which would belong to other documents.
         """
         positions = np.asarray(positions, np.int64).reshape(-1)
         if len(positions) and positions.min() < -1:
-            raise KdlibError(f"Positions count from 0, and -1 stands for padding; found {positions.min()}.")
+            raise KdlibError(f"`positions` must be at least 0, or -1 for padding, got {positions.min()}.")
         if self.kind.name == "dense":
             return DenseTargets(torch.from_numpy(self._gather("hidden", positions)), *self.head)
         lengths, ids, codes = self._entries(positions)
-        # Row-major, so the places of a padded matrix that are used come in the order of the entries.
+        # Row-major order: the used cells of the padded matrix are in the order of the entries.
         used = np.arange(max(1, lengths.max(initial=0)), dtype=np.uint16) < lengths.astype(np.uint16)[:, None]
         padded_ids, weights = np.zeros(used.shape, np.int64), np.zeros(used.shape, np.float32)
         padded_ids[used], weights[used] = ids, self._shards[0]["weights"].take(codes)
         entropy, tail = encoding.decode_nats(self._gather("entropy", positions)), None
         if self.kind.name == "topk":
             tail = np.exp(self._gather("log_tail", positions, -np.inf).astype(np.float32))
-            # The weights are rounded; the tail fixes what they must sum to.
+            # The weights are rounded; rescale them so that they and the tail sum to 1.
             weights *= ((1 - tail) / np.maximum(weights.sum(1), 1e-30))[:, None]
             # The loss sees k + 1 outcomes, so its entropy is that of k + 1 outcomes.
             entropy = -_xlogx(weights).sum(1) - _xlogx(tail)
@@ -111,26 +111,26 @@ class TargetCache:
         )
 
     def document_positions(self, split: Split, document: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Flat positions, int64 [stop - start], of one document: what the methods that read targets take.
+        """Flat positions, int64 [stop - start], of one document, for :meth:`read` and the other methods.
 
         Args:
-            split: the one whose guard the targets were opened with; only its length is compared here.
+            split: the split that the targets were opened for; only its length is compared here.
             document: an id of ``split.documents``.
             start, stop: positions counted from 0 within the document, ``stop`` exclusive; by default all that predict. Position
-                p predicts token p of the document's text, the last one the separator after it.
+                p predicts token p of the document's text; the last one predicts the separator after it.
 
         Raises:
             KdlibError: a split of another length, an unknown document, a range that does not lie within the document.
         """
         if len(split.tokens) != self.positions:
             raise KdlibError(
-                f"These targets have {self.positions} positions, the split {split.name!r} has {len(split.tokens)}. Give the "
-                "split that they were opened for."
+                f"The split {split.name!r} must have the targets' {self.positions} positions, got {len(split.tokens)}. Pass the split "
+                "they were opened for."
             )
         found = np.flatnonzero(split.documents.document == document)
         if not len(found):
             raise KdlibError(
-                f"The split {split.name!r} has no document {document!r}. Take an id from its column 'document', such as "
+                f"`document` must be an id of the split {split.name!r}, got {document!r}. Take one from its column 'document', such as "
                 f"{split.documents.document.iloc[0]!r}."
             )
         first, end = split.offsets[found[0] : found[0] + 2].tolist()
@@ -138,15 +138,15 @@ class TargetCache:
         stop = predicting if stop is None else stop
         if not 0 <= start <= stop <= predicting:
             raise KdlibError(
-                f"The document {document!r} has {predicting} positions: expected 0 <= start <= stop <= {predicting}, found start "
-                f"{start} and stop {stop}. Positions count from its beginning; without stop they go to its end."
+                f"`start` and `stop` must satisfy 0 <= start <= stop <= {predicting}, the positions of document {document!r}, got start "
+                f"{start} and stop {stop}."
             )
         return first + np.arange(start, stop, dtype=np.int64)
 
     def likeliest(self, positions: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """What the targets hold most likely at flat ``positions`` [T]: ids and probabilities, descending, at most ``n`` a row.
+        """The most likely tokens at flat ``positions`` [T]: ids and probabilities, descending, at most ``n`` a row.
 
-        A row that holds fewer ends in probabilities of 0.
+        A row with fewer entries is padded with probabilities of 0.
         """
         targets = self.read(positions)
         if self.kind.name == "dense":
@@ -159,13 +159,13 @@ class TargetCache:
     def statistics(self, positions: np.ndarray) -> dict[str, np.ndarray]:
         """The teacher's ``entropy`` and ``nll`` of the text at flat ``positions`` [T], none negative, nats, float32.
 
-        Both are at the temperature of the targets (dense ones are kept at 1, whatever temperature they are read at).
+        Both are at the temperature of the targets (for kind dense always 1, at whatever temperature it is read).
         """
         positions = np.asarray(positions, np.int64)
         return {key: encoding.decode_nats(self._gather(key, positions)) for key in ("entropy", "nll")}
 
     def _gather(self, name: str, positions: np.ndarray, empty: float = 0) -> np.ndarray:
-        """Rows of an array that has one a position; ``empty`` where the position is -1."""
+        """Rows of an array with one row per position; ``empty`` where the position is -1."""
         self._check(positions)
         owner = np.searchsorted(self._firsts, positions, side="right") - 1
         sample = self._shards[0][name]
@@ -182,7 +182,8 @@ class TargetCache:
             return lengths, np.zeros(0, np.int64), np.zeros(0, np.uint8)
         self._check(positions)
         frame = np.searchsorted(self._frames, positions[used], side="right") - 1
-        # Each frame is decompressed once, whatever the order of the positions; from here on frames lie side by side.
+        # Decompress each frame once, whatever the order of the positions, and concatenate what the frames hold. Below, `at`
+        # is each position's place among the positions of these frames, `entries` the places of its entries among theirs.
         found, which = np.unique(frame, return_inverse=True)
         owner = np.searchsorted(self._first_frames, found, side="right") - 1
         frames = [
@@ -203,13 +204,15 @@ class TargetCache:
     def _check(self, positions: np.ndarray) -> None:
         if len(positions) and positions.max() >= self.positions:
             raise KdlibError(
-                f"Position {positions.max()} lies past the targets' end ({self.positions} positions): they belong to other documents."
+                f"`positions` must be below {self.positions}, the number of the targets, got {positions.max()}. Pass the split they were written for."
             )
 
 
 def _remainder_starts(octaves: np.ndarray, frame_entries: list[int]) -> np.ndarray:
-    """The bit at which each entry's remainder begins: one after the other, but those of a frame at a whole byte."""
+    """The bit at which each entry's remainder begins: end to end, but each frame begins at a whole byte."""
     ends = np.cumsum(octaves, dtype=np.uint32)
+    # Bits that fill up the last byte of each frame: -(bits of the frame) mod 8. Every entry is shifted by the padding of all
+    # frames before its own.
     padding = -np.diff(np.r_[np.uint32(0), ends][np.cumsum([0, *frame_entries])]) % 8
     return ends - octaves + np.repeat(np.cumsum(padding) - padding, frame_entries)
 
@@ -218,12 +221,11 @@ def _manifest(folder: Path) -> dict:
     manifest = read_record(folder / "manifest.json")
     if manifest is None:
         raise KdlibError(
-            f"{folder} holds no finished targets: manifest.json is missing. Write them, or let the interrupted writer finish."
+            f"{folder} must have finished targets, got no manifest.json. Write them, or let the interrupted writer finish."
         )
     if manifest.get("version") != VERSION:
         raise KdlibError(
-            f"Targets in {folder} have format version {manifest.get('version')}; this code reads version {VERSION}. Delete "
-            "their run, and it is made again."
+            f"Targets in {folder} must have format version {VERSION}, got {manifest.get('version')}. Delete their run to make it again."
         )
     return manifest
 
@@ -234,8 +236,7 @@ def _head(folder: Path, expected: str) -> tuple[torch.Tensor, torch.Tensor | Non
     found = hashlib.sha256(data).hexdigest()
     if found != expected:
         raise KdlibError(
-            f"The teacher's output layer {path} is {'damaged' if data else 'missing'}: expected SHA-256 {expected}, found {found}. "
-            "Write the targets again."
+            f"The teacher's output layer {path} must have SHA-256 {expected}, got {found if data else 'no file'}. Write the targets again."
         )
     arrays = load(data)
     return torch.from_numpy(arrays["weight"]), torch.from_numpy(arrays["bias"]) if "bias" in arrays else None

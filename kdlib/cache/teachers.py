@@ -1,6 +1,6 @@
-"""Where a teacher's distributions come from while targets are written: a model, or the dense targets of an earlier pass.
+"""Teachers for writing targets: a model, or the dense targets of an earlier pass.
 
-A teacher yields its logits over the rows it is given, a chunk of positions at a time, so [tokens, V] never exists.
+A teacher yields the logits of its rows one chunk of positions at a time, so [tokens, V] never exists.
 """
 
 import hashlib
@@ -16,17 +16,17 @@ from kdlib.data import corpus
 from kdlib.errors import KdlibError
 from kdlib.losses.logits import head_logits
 
-# Logits held at a time: a few dozen tokens on a CPU, so that they stay in its caches.
+# Logits in memory at a time: on a CPU a few dozen tokens, so that they stay in its caches.
 CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
 
 
 class Chunk(NamedTuple):
-    """What the teacher says of some positions.
+    """The teacher's output at some positions.
 
     Attributes:
         positions: [n] flat positions; labels: [n] their next tokens.
         logits: [n, V] float32.
-        hidden: [n, D], what the output layer read, or None for a model whose logits are more than a matrix product.
+        hidden: [n, D], input of the output layer, or None for a model whose logits are more than a matrix product.
     """
 
     positions: np.ndarray
@@ -36,7 +36,7 @@ class Chunk(NamedTuple):
 
 
 class ModelTeacher:
-    """A causal LM or an ensemble, run without dropout.
+    """A causal LM or an ensemble, without dropout.
 
     Args:
         model: put in eval mode for each pass and back afterwards.
@@ -46,7 +46,7 @@ class ModelTeacher:
 
     def __init__(self, model: nn.Module, autocast: torch.dtype | None = None, batch_rows: int = 8):
         self.model, self.autocast, self.batch_rows = model, autocast, batch_rows
-        # An ensemble's or a capped model's logits are no product of one matrix with its hidden states.
+        # The logits of an ensemble, or of a model with soft-capping, are not a product of one matrix and its hidden states.
         self.head = models.head(model) if models.has_linear_head(model) else None
         self.vocabulary = model.config.get_text_config().vocab_size if self.head is None else len(self.head[0])
         self.width = None if self.head is None else self.head[0].shape[1]
@@ -64,7 +64,7 @@ class ModelTeacher:
         """Chunks of the packed rows ``index`` [rows, block_length], each predicting position once."""
         training = {module: module.training for module in self.model.modules()}
         self.model.eval()
-        rows = self.batch_rows if self.head else 1  # without a head, a batch's logits are all there at once
+        rows = self.batch_rows if self.head else 1  # without a linear head, all logits of a batch are in memory at once
         try:
             for start in range(0, len(index), rows):
                 positions, labels, output = self.run(split, index[start : start + rows])
@@ -81,10 +81,10 @@ class ModelTeacher:
 
     @torch.no_grad()
     def run(self, split: corpus.Split, at: np.ndarray) -> tuple[np.ndarray, Tensor, Tensor]:
-        """The forward pass over packed rows [rows, block_length], in the mode that the model is in.
+        """The forward pass over packed rows [rows, block_length], in the current mode of the model.
 
         Returns:
-            Flat positions [n], their labels [n], and the last hidden states [n, D] there; logits [n, V] if those are more
+            Flat positions [n], their labels [n], and the last hidden states [n, D] there; logits [n, V] if they are more
             than a matrix product.
         """
         parameter = next(self.model.parameters())
@@ -113,11 +113,11 @@ class ModelTeacher:
 
 
 class DenseTeacher:
-    """The dense targets of an earlier pass, as a teacher: other kinds are drawn from them without running a model.
+    """The dense targets of an earlier pass as teacher: other kinds are computed from them without running a model.
 
     Args:
         cache: opened :class:`kdlib.cache.TargetCache` of kind dense.
-        device: where the distributions are computed and drawn from.
+        device: on which distributions are computed and sampled.
 
     Raises:
         KdlibError: targets of another kind.
@@ -126,7 +126,7 @@ class DenseTeacher:
     def __init__(self, cache, device: torch.device | str = "cpu"):
         if cache.head is None:
             raise KdlibError(
-                f"Other kinds are drawn from dense targets, which hold whole distributions; found {cache.kind.name}. Write dense ones first."
+                f"`cache` must be of kind dense, which has whole distributions, got {cache.kind.name}. Write dense targets first."
             )
         self.cache, self.device = cache, torch.device(device)
         self.head = tuple(None if one is None else one.to(self.device) for one in cache.head)

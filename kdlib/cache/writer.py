@@ -1,4 +1,4 @@
-"""One pass of the teacher over a split, kept on disk shard by shard. A killed writer goes on where it stopped."""
+"""Write one pass of the teacher over a split, shard by shard. An interrupted writer continues where it stopped."""
 
 import hashlib
 import itertools
@@ -45,23 +45,23 @@ def write_targets(
 ) -> dict:
     """Write the targets of every position of ``split``.
 
-    Several processes may write one cache on shared disk, and share the work: a shard that another one is at is left to it until
-    all others are done. Each shard is written whole, and what they write is the same.
+    Several processes may write one cache on a shared disk: each skips the shards that another one is writing, and returns to
+    them at the end. Shards are written atomically, and every process would write the same bytes.
 
     Args:
-        folder: of the cache; finished shards in it are kept if they were written with the same arguments.
-        guard: what the targets depend on (see :func:`kdlib.cache.reader.guard`), kept in the manifest.
-        temperature: of the distribution kept; 1 for kind dense, which serves every temperature.
+        folder: of the cache; finished shards written with the same arguments are kept.
+        guard: what the targets depend on (see :func:`kdlib.cache.reader.guard`), stored in the manifest.
+        temperature: of the stored distribution; 1 for kind dense, which supports every temperature.
         seed: of the draws.
-        shard_tokens: in one shard, about (shards end at window ends).
+        shard_tokens: approximate tokens in one shard, which ends with a whole window.
 
     Returns:
         format (its version), tokens, bytes, bytes_per_token, tokens_per_second of this pass (None if nothing was left to do), entries a token
         (None for dense), teacher entropy and loss in nats a token.
 
     Raises:
-        KdlibError: a value out of range, a teacher of another vocabulary than the guard's or, dense targets, of another
-            guard, not enough disk for the largest possible size, a damaged shard, or ``folder`` holds other targets.
+        KdlibError: a value out of range, a teacher whose vocabulary (for dense targets: guard) differs from the guard's, not
+            enough disk for the largest possible size, a damaged shard, or other targets in ``folder``.
     """
     _check(teacher, kind, temperature, guard)
     windows = split.windows(block_length)
@@ -91,7 +91,7 @@ def write_targets(
 
     started, written, taken = time.perf_counter(), 0, []
     with bar(None, "writing targets", total=int(windows[:, 1].sum()), unit="token", unit_scale=True) as progress:
-        # Whoever has taken a shard may have died at it since, so in the end what is still missing is written whoever took it.
+        # A process may have died while writing its shard, so shards that others had taken are tried again at the end.
         for number in itertools.chain(range(len(shards)), taken):
             with claimed_shard(folder, number) as free:
                 if not free and number not in taken:
@@ -112,43 +112,42 @@ def write_targets(
 
 
 def _check(teacher: ModelTeacher | DenseTeacher | ServerTeacher | FileTeacher, kind: kinds.Kind, temperature: float, guard: dict) -> None:
-    if kind.has_head and kind.top_k >= teacher.vocabulary:
+    if kind.keeps_top and kind.top_k >= teacher.vocabulary:
         raise KdlibError(
-            f"top_k must lie in 1..{teacher.vocabulary - 1}, below the vocabulary; found {kind.top_k}. For whole distributions use kind dense."
+            f"`top_k` must be in 1..{teacher.vocabulary - 1}, below the vocabulary size, got {kind.top_k}. For whole distributions use kind dense."
         )
     if not temperature > 0:
-        raise KdlibError(f"The temperature must be above 0; found {temperature}.")
+        raise KdlibError(f"`temperature` must be above 0, got {temperature}.")
     outside = isinstance(teacher, ServerTeacher | FileTeacher)
     if outside and (kind.name != "topk" or temperature != 1 or kind.top_k > teacher.top_k):
         raise KdlibError(
-            f"This teacher tells its {teacher.top_k} most likely tokens at temperature 1 and no more: expected kind topk, top_k at "
-            f"most {teacher.top_k}; found kind {kind.name}, top_k {kind.top_k}, temperature {temperature}."
+            f"`kind` for this teacher must be topk with top_k at most {teacher.top_k}, at temperature 1, got kind {kind.name}, "
+            f"top_k {kind.top_k}, temperature {temperature}."
         )
     if kind.name == "dense" and (temperature != 1 or teacher.width is None):
         raise KdlibError(
-            "Dense targets are the teacher's hidden states before one output matrix, kept at temperature 1 to serve every temperature; found "
-            + (f"temperature {temperature}." if temperature != 1 else "a teacher without such a matrix (an ensemble).")
+            "Dense targets must have temperature 1 and a teacher with one output matrix, got "
+            + (f"temperature {temperature}. They support any when read." if temperature != 1 else "one without, such as an ensemble.")
         )
     if guard.get("vocabulary", teacher.vocabulary) != teacher.vocabulary:
         raise KdlibError(
-            f"The teacher predicts {teacher.vocabulary} tokens but the targets are for a vocabulary of {guard['vocabulary']}. Teacher and "
-            "student must share one: cut the teacher down to the corpus's tokens (kdlib.vocabulary.slice_model)."
+            f"The teacher's vocabulary must have the corpus's {guard['vocabulary']} tokens, got {teacher.vocabulary}. Cut it down with "
+            "kdlib.data.vocabulary.slice_model."
         )
     if isinstance(teacher, DenseTeacher) and teacher.cache.guard != guard:
         raise KdlibError(
-            f"The dense targets belong to {teacher.cache.guard}, and what is drawn from them does too; expected {guard}. Write dense targets "
-            "for this setting first."
+            f"The dense targets must have the guard {guard}, got {teacher.cache.guard}. Write dense targets for this setting first."
         )
 
 
 def _parts(windows: np.ndarray, tokens: int) -> list[np.ndarray]:
-    # Of whole windows, so that a row of training text finds what belongs to it in one place.
+    # Of whole windows, so that a row of training text finds its targets in one shard or frame.
     ends = np.cumsum(windows[:, 1])
     return [part for part in np.split(windows, np.flatnonzero(np.diff(ends // tokens)) + 1) if len(part)]
 
 
 def _span(shards: list[np.ndarray], number: int, positions: int) -> tuple[int, int]:
-    # Ranges touch, so positions that predict nothing belong to the shard before them and every position has a shard.
+    # Ranges are contiguous: positions that predict nothing belong to the shard before them, so every position has a shard.
     first = 0 if number == 0 else int(shards[number][0, 0])
     return first, positions if number + 1 == len(shards) else int(shards[number + 1][0, 0])
 
@@ -159,8 +158,8 @@ def _claim(folder: Path, description: dict, largest: float, shards: int) -> None
     if found is not None and found != description:
         different = [key for key in description if found.get(key) != description[key]]
         raise KdlibError(
-            f"{folder} holds part of other targets; they differ in {', '.join(different)}: expected "
-            f"{ {key: description[key] for key in different} }, found { {key: found.get(key) for key in different} }. Delete the folder first."
+            f"{folder} must not have other targets; they differ in {', '.join(different)}: expected "
+            f"{ {key: description[key] for key in different} }, got { {key: found.get(key) for key in different} }. Delete the folder first."
         )
     finished = [(number, about) for number in range(shards) if (about := describe_shard(folder, number))]
     for number, about in finished:
@@ -169,15 +168,15 @@ def _claim(folder: Path, description: dict, largest: float, shards: int) -> None
     needed = largest - sum(about["bytes"] for _, about in finished)
     if needed > free:
         raise KdlibError(
-            f"The targets may take up to {needed / 1e9:.2f} GB in {folder}, which has {free / 1e9:.2f} GB free. Make room, point "
-            "KDLIB_HOME at a larger disk, or keep fewer draws (or a smaller k) a token."
+            f"{folder} must have up to {needed / 1e9:.2f} GB free for the targets, got {free / 1e9:.2f} GB. Point KDLIB_HOME at a larger "
+            "disk, or store fewer draws or a smaller k."
         )
     # Last, so that a refused folder can be claimed with other settings.
     write_record(folder / "writing.json", description)
 
 
 def _shard(teacher, split, windows, kind, temperature, seed, block_length):
-    """Flat positions and entries of one shard; a window's draws depend on the seed and on where it starts, on nothing else."""
+    """Flat positions and entries of one shard; a window's draws depend only on the seed and the window's start."""
     uniforms = _uniforms(windows, seed, kind.uniforms) if kind.draws_ids else None
     order, parts = [], []
     for chunk in teacher.chunks(split, corpus.pack(windows, block_length)):
@@ -190,13 +189,13 @@ def _shard(teacher, split, windows, kind, temperature, seed, block_length):
         log_t = torch.log_softmax(logits / temperature, dim=-1)
         if not torch.isfinite(log_t.gather(1, labels[:, None])).all():
             raise KdlibError(
-                "The teacher gives a non-finite probability to the text; its weights or the precision are at fault."
+                "The teacher's probabilities of the text must be finite, got non-finite ones. Check its weights and the precision."
             )
         if kind.name == "dense":
             kept = {"hidden": hidden.to(torch.float16).cpu().numpy()}
             if not np.isfinite(kept["hidden"]).all():
                 raise KdlibError(
-                    "The teacher's hidden states exceed what half precision holds (65504). Use a sparse kind."
+                    "The teacher's hidden states must be below 65504, the largest float16, got larger ones. Use a sparse kind."
                 )
         else:
             kept = kinds.take(kind, log_t, uniforms and uniforms(positions))
@@ -209,7 +208,7 @@ def _uniforms(windows: np.ndarray, seed: int, numbers: int):
     starts = windows[:, 0]
 
     def at(positions: np.ndarray) -> torch.Tensor:
-        # One counter-based stream per window, advanced to the position: any batch asks for the same numbers.
+        # One counter-based stream per window, advanced to the position: the same numbers whatever the batch.
         out = np.empty((len(positions), numbers))
         window = np.searchsorted(starts, positions, side="right") - 1
         cuts = np.flatnonzero(np.diff(window) != 0) + 1
@@ -227,7 +226,7 @@ def _uniforms(windows: np.ndarray, seed: int, numbers: int):
 def _arrange(
     positions: np.ndarray, parts: list[dict], kind: kinds.Kind, first: int, last: int, frames: np.ndarray
 ) -> tuple[dict, dict]:
-    """Entries in the order they were computed -> arrays in the order of flat positions, empty where nothing is predicted."""
+    """Reorder entries from the order of computation to that of flat positions; empty where nothing is predicted."""
     joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     sums = {key: float(joined[key].sum()) for key in ("entropy", "nll")} | {"tokens": len(positions)}
     rows = positions - first
@@ -243,7 +242,7 @@ def _arrange(
     if kind.name == "topk":
         arrays["log_tail"] = place(joined["log_tail"].astype(np.float16), -np.inf)
     lengths, starts = joined["lengths"], np.cumsum(joined["lengths"]) - joined["lengths"]
-    # Entry by entry in the new order: a row's entries keep theirs.
+    # For each entry in the new order, its place in the old one: rows move, entries within a row keep their order.
     order = np.argsort(positions)
     shifts = np.repeat(starts[order] - (np.cumsum(lengths[order]) - lengths[order]), lengths[order])
     entries = np.arange(len(joined["ids"])) + shifts

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from kdlib.data.corpus import Split
 
+
 @dataclass(frozen=True)
 class TrainingText:
     """Documents to train on.
@@ -83,8 +84,14 @@ def ways() -> dict[str, type[Way]]:
     from kdlib.data.random_tokens import Uniform, Unigram
     from kdlib.data.selected import Selected
 
-    found = {"bagged": Bagged, "selected": Selected, "generated": Generated, "uniform": Uniform, "unigram": Unigram}
-    return {"corpus": Way} | found
+    return {
+        "corpus": Way,
+        "bagged": Bagged,
+        "selected": Selected,
+        "generated": Generated,
+        "uniform": Uniform,
+        "unigram": Unigram,
+    }
 
 
 def way(text: str | dict) -> Way:

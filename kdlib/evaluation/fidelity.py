@@ -9,7 +9,10 @@ from kdlib import models
 from kdlib.cache import TargetCache
 from kdlib.cache.teachers import ModelTeacher
 from kdlib.data import corpus
-from kdlib.losses import DenseTargets, linear_distillation_loss
+from kdlib.ensemble.model import EnsembleForCausalLM
+from kdlib.ensemble.pooling import POOLS
+from kdlib.errors import KdlibError
+from kdlib.losses import DenseTargets, PooledTargets, linear_distillation_loss
 from kdlib.study.progress import bar
 
 ROWS = 16  # rows of block_length tokens in one batch: that of a step, since the angle depends on how much is averaged
@@ -60,15 +63,22 @@ def flops(
     either of those where the cache is dense, else in one of them.
     """
     taught, (trained, measured) = models.operations(student), (models.extent(models.window_lengths(at)) for at in (train, test))
-    asked, head = models.operations(teacher), 2 * models.head(teacher)[0].numel()
+    asked = models.operations(teacher)
     steps = 4 * (taught.forward(*trained) + taught.backward(*trained))
     # The body of the teacher once for both students; its output layer within the loss of each.
-    layers = 2 * head * (2 if cache.head is not None else 1) - head
+    layers = asked.head * (3 if cache.head is not None else 1)
     return steps + asked.forward(*trained) + layers * trained[0] + taught.forward(*measured) + asked.forward(*measured)
 
 
-def _whole(teacher: ModelTeacher, split: corpus.Split, at: np.ndarray) -> DenseTargets:
-    """The teacher's distributions at every position of some rows; zeros where there is padding."""
+def _whole(teacher: ModelTeacher, split: corpus.Split, at: np.ndarray) -> DenseTargets | PooledTargets:
+    """The teacher's distributions at every position of some rows; of no consequence where there is padding."""
+    if isinstance(pool := teacher.model, EnsembleForCausalLM):
+        members = tuple(_whole(ModelTeacher(one, teacher.autocast), split, at) for one in pool.members)
+        return PooledTargets(members, POOLS[pool.config.pool], pool.config.calibration_temperature)
+    if teacher.head is None:
+        raise KdlibError(
+            "The teacher's logits must be one matrix times its hidden states to compare gradients with, got a model that caps them."
+        )
     _, _, found = teacher.run(split, at)  # row by row, as the positions are
     weight, bias = teacher.head
     hidden = torch.zeros(at.size, found.shape[1], device=found.device)

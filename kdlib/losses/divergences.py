@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from kdlib.errors import KdlibError
 from kdlib.losses.reference import forward_kl, sparse_kl
 from kdlib.losses.targets import SparseTargets
+from kdlib.study import divergences
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -157,9 +158,9 @@ def mutual_information(
     return _by_group(not_found, *_log_probabilities(student_logits, teacher_logits, temperature), group)
 
 
-ON_OUTCOMES = (forward_kl, reverse_kl, jeffreys, jsd, skewed_kl, skewed_reverse_kl, tvd)
-DENSE_ONLY = (logit_mse, sinkhorn, mutual_information)
-DIVERGENCES = {loss.__name__: loss for loss in (*ON_OUTCOMES, *DENSE_ONLY)}
+# The settings know them by the same names, and which need whole logits.
+DIVERGENCES = {name: globals()[name] for name in divergences.NAMES}
+DENSE_ONLY = tuple(DIVERGENCES[name] for name in divergences.ON_LOGITS)
 
 
 def divergence_loss(

@@ -1,6 +1,6 @@
-"""The kinds of run, one module each; nothing else needs to be told about a kind.
+"""The kinds of run, one module each, and what they share: making runs and reading what earlier ones left.
 
-A module holds, without importing torch at its top:
+A module of a kind (:data:`kdlib.study.kinds.KINDS`) holds, without importing torch at its top:
 
 - ``NOTEBOOK``: the notebook that makes such a run,
 - ``LEAVES``: the folder that later runs read of it (large, not committed), or None,
@@ -10,5 +10,3 @@ A module holds, without importing torch at its top:
 - ``label(values)``: what to call it,
 - ``produce(step, inputs, folder)``: make it in ``folder`` and return its metrics.
 """
-
-KINDS = ("corpus", "teacher", "targets", "scores", "student", "ensemble", "fidelity")

@@ -1,7 +1,7 @@
 """Ensemble: the models of several runs, pooled into one."""
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -23,7 +23,9 @@ class Parameters(parameters.Parameters):
     options: dict[str, Any] = Field({}, description="options of the method, such as share of bagging")
     student: parameters.Settings = Field(description="what sets all members apart from the profile's student section")
     seeds: list[parameters.Seed] = Field(min_length=1, description="one member a seed")
-    members: list[Ref] | None = Field(None, description="these runs, in place of method, options, student and seeds")
+    members: Annotated[list[Ref], Field(min_length=1)] | None = Field(
+        None, description="these runs, in place of method, options, student and seeds"
+    )
     pool: parameters.Pool = Field(
         description="probability: arithmetic mean of distributions; logit: geometric mean, renormalised"
     )

@@ -34,7 +34,7 @@ class Parameters(parameters.Parameters):
 
 def inputs(values: Parameters, plan: Planner) -> dict[str, Step]:
     """The corpus and the scorer."""
-    return {"corpus": plan.corpus(), "scorer": plan.resolve(values.scorer)}
+    return {"corpus": plan.corpus(), "scorer": plan.resolve(values.scorer, ("model", ON_TARGETS))}
 
 
 def downloads(values: Parameters) -> dict[str, str]:

@@ -220,15 +220,16 @@ class Parameters(parameters.TrainingParameters):
         Raises:
             KdlibError: they cannot serve its temperature or its divergence.
         """
-        # Sparse targets serve the temperature they were written at, and no other.
-        wanted = {"teacher": self.teacher, "temperature": self.temperature, **self.targets}
+        # Sparse targets serve the temperature they were written at, and no other. A moving one reads no more than their scores.
+        moving = isinstance(self.temperature, Schedule)
+        wanted = {"teacher": self.teacher} | ({} if moving else {"temperature": self.temperature}) | self.targets
         step = plan.targets(**wanted | ({"seed": self.seed} if self.fresh_draws else {}))
         kept = step.parameters
         if self.fresh_draws and (kept.source != "dense" or kept.kind not in ("sampled", "topk_sampled")):
             raise KdlibError(
                 f"targets of fresh_draws must have source dense and kind sampled or topk_sampled, got {kept.source} and {kept.kind}."
             )
-        if kept.kind != "dense" and kept.temperature != self.temperature:
+        if not moving and kept.kind != "dense" and kept.temperature != self.temperature:
             raise KdlibError(
                 f"temperature of targets must be the student's ({self.temperature}), got {kept.temperature}. Leave it out, or use "
                 "kind dense, which serves any."
@@ -242,10 +243,18 @@ def inputs(values: Parameters, plan: Planner) -> dict[str, Step]:
     """The corpus, the teacher or its targets, and what its text is chosen by."""
     found = {"corpus": plan.corpus()}
     if values.objective == "online_kd" or values.initialisation != "random":
-        found["teacher"] = plan.resolve(values.teacher)
+        found["teacher"] = _teacher(values, plan)
     if values.objective == "kd":
         found["targets"] = values.targets_step(plan)
     return found | text.way(values.text).inputs(values, plan)
+
+
+def _teacher(values: Parameters, plan: Planner) -> Step:
+    found = plan.resolve(values.teacher)
+    reads_layers = values.features is not None or values.initialisation != "random"
+    if reads_layers and found.kind == "ensemble":
+        raise KdlibError(f"teacher must be one model for features and initialisation, got {found.label}. Name one of its members.")
+    return found
 
 
 def downloads(values: Parameters) -> dict[str, str]:

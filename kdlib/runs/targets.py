@@ -89,6 +89,11 @@ def inputs(values: Parameters, plan: Planner) -> dict[str, Step]:
     if values.external:
         return found
     found["teacher"] = plan.resolve(values.teacher)
+    if values.kind == "dense" and found["teacher"].kind == "ensemble":
+        raise KdlibError(
+            f"kind of an ensemble's targets must not be dense, which keeps one output layer, got {found['teacher'].label}. Use "
+            "kind sampled, topk or topk_sampled."
+        )
     if values.source == "dense":
         whole = {"kind": "dense", "source": "teacher", "precision": values.precision}
         found["dense"] = plan.targets(teacher=values.teacher, **whole)

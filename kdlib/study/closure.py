@@ -66,6 +66,7 @@ def _imported(tree: ast.AST) -> Iterator[str]:
                 yield inside if _file(inside).is_file() else node.module
 
 
+@cache  # most modules are behind several kinds of run
 def _bare(source: str) -> str:
     # Text, not the syntax tree, is hashed: the tree's printed form differs between Python versions.
     drop, lines = set(), source.splitlines()

@@ -8,7 +8,14 @@ from kdlib.errors import KdlibError
 
 # Those that need all of the teacher's distribution but the mass of a tail, and those that need its logits; forward KL needs
 # no more than unbiased draws. kdlib.losses.divergences says why.
-ON_OUTCOMES = ("reverse_kl", "jeffreys", "jsd", "skewed_kl", "skewed_reverse_kl", "tvd")
+ON_OUTCOMES = (
+    "reverse_kl",
+    "jeffreys",
+    "jsd",
+    "skewed_kl",
+    "skewed_reverse_kl",
+    "tvd",
+)
 ON_LOGITS = ("logit_mse", "sinkhorn", "mutual_information")
 GROUPED = ("sinkhorn", "mutual_information")  # compare tokens with one another
 NAMES = ("forward_kl", *ON_OUTCOMES, *ON_LOGITS)

@@ -4,11 +4,22 @@ from functools import cache
 from importlib import import_module
 from types import ModuleType
 
+# Upstream first. They are named here and not among the runs, whose code is behind every run's id.
+KINDS = (
+    "corpus",
+    "teacher",
+    "targets",
+    "scores",
+    "student",
+    "ensemble",
+    "fidelity",
+)
+
 
 @cache
 def kinds() -> dict[str, ModuleType]:
     """Every kind of run, upstream first."""
-    return {name: import_module(f"kdlib.runs.{name}") for name in import_module("kdlib.runs").KINDS}
+    return {name: import_module(f"kdlib.runs.{name}") for name in KINDS}
 
 
 def of_notebook(notebook: str) -> str | None:

@@ -132,12 +132,25 @@ class Planner:
         methods = import_module("kdlib.methods")
         return methods.load(method, seeds=list(seeds), student=student or {}, **options).members(self)
 
-    def resolve(self, ref: Any) -> Step:
+    def resolve(self, ref: Any, leaves: Sequence[str] = ("model",)) -> Step:
         """The run that a reference names, see :mod:`kdlib.study.refs`.
 
+        Args:
+            leaves: what is read of it: it leaves one of these.
+
         Raises:
-            KdlibError: no run of this profile has that id.
+            KdlibError: no run of this profile has that id, or it leaves something else.
         """
+        found = self._resolved(ref)
+        left = kinds()[found.kind].LEAVES
+        if left not in leaves:
+            raise KdlibError(
+                f"A run that is named here must leave {' or '.join(leaves)}, got {found.label} ({found.id}), which leaves "
+                f"{left or 'results alone'}."
+            )
+        return found
+
+    def _resolved(self, ref: Any) -> Step:
         if isinstance(ref, Step):
             return ref
         if isinstance(ref, list):

@@ -28,7 +28,6 @@ from kdlib.study.parameters import (
 )
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-ANALYSES = ("10_objectives", "11_target_fidelity", "12_methods", "15_calibration", "17_cost")
 GridName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 # Notebooks whose globals held parameters alone when they were first looked at in this process.
 _seen: set[str] = set()
@@ -164,9 +163,13 @@ def profile_model() -> type[Profile]:
 
 @cache
 def notebooks() -> dict[str, tuple[type[Parameters], str]]:
-    """Each notebook's parameters and the profile section that fills them, in the order of their numbers."""
+    """Each notebook's parameters and the profile section that fills them, in the order of their numbers.
+
+    Those numbered 10 and up are analyses; which of them a paper is drawn from is told in :mod:`kdlib.analysis.outputs`.
+    """
+    analyses = [path.stem for path in (REPOSITORY / "notebooks").glob("[1-9][0-9]_*.ipynb")]
     found = {kind.NOTEBOOK: (kind.Parameters, name) for name, kind in kinds().items()}
-    found |= {"00_tour": (TourParameters, "tour")} | dict.fromkeys(ANALYSES, (AnalysisParameters, "analysis"))
+    found |= {"00_tour": (TourParameters, "tour")} | dict.fromkeys(analyses, (AnalysisParameters, "analysis"))
     found |= {"21_grid": (GridParameters, "analysis")}
     return dict(sorted(found.items()))
 

@@ -63,8 +63,8 @@ class Objective:
         signal: cached targets, a model in the loop (never trained, run without dropout), or None.
 
     Raises:
-        KdlibError: two terms of a kind, a signal of another type, a weight without a signal, features without a teacher in the
-            loop, or a balance that there is not.
+        KdlibError: two terms of a kind, a signal of another type, a weight without a signal, features without a teacher
+            in the loop, or an unknown balance.
     """
 
     def __init__(self, terms: Sequence[Distillation | FeatureTerm] = (), signal: TargetCache | nn.Module | None = None):

@@ -1,8 +1,11 @@
 import hashlib
+import io
 import json
 import math
 import os
 import shutil
+import subprocess
+import tarfile
 import threading
 from pathlib import Path
 
@@ -54,6 +57,44 @@ def test_a_run_says_where_it_comes_from():
     found = store.read_json(run.path / "provenance.json")
     assert set(found) == {"commit", "dirty", "started", "seconds", "python", "packages", "lock_sha256", "device"}
     assert {"torch", "transformers"} <= set(found["packages"])
+
+
+def exported(folder, commit="HEAD"):
+    """The tree that git archive makes of what provenance reads."""
+    files = ["requirements.lock", ".git_archival.txt", ".gitattributes"]
+    command = ["git", "-C", str(store.REPOSITORY), "archive", commit, *files]
+    done = subprocess.run(command, capture_output=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+def test_an_exported_tree_names_the_commit_it_was_exported_from(tmp_path, monkeypatch):
+    tree = exported(tmp_path / "tree")
+    head = store._git("rev-parse", "HEAD")
+    monkeypatch.setattr(store, "REPOSITORY", tree)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    found = store.provenance(0.0)
+    assert found["commit"] == store.exported_commit() == head and len(head) == 40
+    assert found["dirty"] is False
+
+
+@pytest.mark.parametrize("content", ["commit: $Format:%H$\n", "", "commit: main\n"])
+def test_a_tree_that_cannot_say_what_code_it_is_makes_no_run(tmp_path, monkeypatch, content):
+    tree = exported(tmp_path / "tree")
+    (tree / ".git_archival.txt").write_text(content)
+    monkeypatch.setattr(store, "REPOSITORY", tree)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    with pytest.raises(KdlibError, match="Runs must say which commit made them, got a copy .*git archive HEAD"):
+        store.make("smoke", ID, SETTINGS, lambda work: {})
+    assert store.find("smoke", ID) is None
+
+
+def test_the_file_that_an_export_fills_in_is_one_that_git_fills_in():
+    assert ".git_archival.txt export-subst" in (store.REPOSITORY / ".gitattributes").read_text()
+    assert "$Format:%H$" in (store.REPOSITORY / ".git_archival.txt").read_text() or store.exported_commit()
 
 
 def test_runs_that_shared_the_machine_are_counted_over_their_time(home):
@@ -112,23 +153,95 @@ def test_two_makers_of_one_run_do_not_write_into_each_other(home, capsys):
     assert list((home / "results" / "smoke" / "work").iterdir()) == []
 
 
-def test_what_later_runs_read_is_made_again_where_only_the_results_are_there(home):
-    def produce(work, nll):
-        (work / "model").mkdir()
-        (work / "model" / "weights").write_text(str(nll))
-        return {"nll": nll}
+CPU, ANOTHER, GPU = "Intel Xeon, 2 threads", "AMD EPYC, 8 threads", "NVIDIA H100 80GB HBM3"
 
-    made = store.make("smoke", ID, SETTINGS, lambda work: produce(work, 4.5))
+
+def measured(nll=4.5, device=CPU, tokens=1000, **others) -> dict:
+    """What a student's metrics hold of it."""
+    return {"evaluation": {"test": {"nll": nll, "tokens": tokens}}, "cost": {"device": device}, **others}
+
+
+def producer(metrics):
+    """Leaves a model that tells which of its makings it is of."""
+
+    def produce(work):
+        (work / "model").mkdir(exist_ok=True)
+        (work / "model" / "weights").write_text(str(metrics["evaluation"]["test"]["nll"]))
+        return metrics
+
+    return produce
+
+
+def remade(metrics, again):
+    """The run with these metrics, and made again with others for the model that it no longer has."""
+    made = store.make("smoke", ID, SETTINGS, producer(metrics))
+    shutil.rmtree(made.artefact)
+    return made, lambda: store.make("smoke", ID, SETTINGS, producer(again), with_artefact=True)
+
+
+def test_what_later_runs_read_is_made_again_where_only_the_results_are_there(home):
+    made = store.make("smoke", ID, SETTINGS, producer(measured()))
     assert store.find("smoke", ID, with_artefact=True) == made and made.artefact == made.path / "model"
     shutil.rmtree(made.artefact)
     assert store.find("smoke", ID) == made and store.find("smoke", ID, with_artefact=True) is None
     before = {path.name: path.read_bytes() for path in made.path.iterdir()}
     assert store.make("smoke", ID, SETTINGS, lambda work: pytest.fail("its results are there")) == made
-    assert store.make("smoke", ID, SETTINGS, lambda work: produce(work, 4.4), with_artefact=True) == made
-    assert (made.artefact / "weights").read_text() == "4.4"
+    assert store.make("smoke", ID, SETTINGS, producer(measured(4.51)), with_artefact=True) == made
+    assert (made.artefact / "weights").read_text() == "4.51"
     shutil.rmtree(made.artefact)
+    (made.path / "again.json").unlink()
     assert {path.name: path.read_bytes() for path in made.path.iterdir()} == before, "results stay as they were"
     assert list((home / "results" / "smoke" / "work").iterdir()) == []
+
+
+def test_how_near_a_run_comes_that_was_made_again_is_recorded_each_time():
+    made, again = remade(measured(), measured(4.51))
+    again()
+    (first,) = store.read_json(made.path / "again.json")["times"]
+    assert set(first) == {"commit", "dirty", "started", "device", "largest_difference"}
+    assert first["largest_difference"] == pytest.approx(0.01)
+    assert first["device"] == store.read_json(made.path / "provenance.json")["device"]
+    shutil.rmtree(made.artefact)
+    store.make("smoke", ID, SETTINGS, producer(measured()), with_artefact=True)
+    times = store.read_json(made.path / "again.json")["times"]
+    assert times[0] == first and [round(one["largest_difference"], 6) for one in times] == [0.01, 0]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        (measured(4.5), measured(4.6), r"test: 4\.5000 nats on 1000 tokens, now 4\.6000"),
+        (measured(4.5), measured(4.4), r"test: 4\.5000 nats on 1000 tokens, now 4\.4000"),
+        (measured(), measured(tokens=999), "test: 4.5000 nats on 1000 tokens"),
+        (measured(parameters={"body": 10}), measured(parameters={"body": 11}), "parameters: {'body': 10}, now {'body': 11}"),
+        (measured(vocabulary={"size": 10}), measured(vocabulary={"size": 9}), "vocabulary: {'size': 10}, now {'size': 9}"),
+        (measured(card={"train": 7}), measured(card={"train": 8}), "card: {'train': 7}, now {'train': 8}"),
+    ],
+)
+def test_a_run_made_again_that_disagrees_is_an_error_that_shows_both_and_leaves_the_old(before, after, told):
+    made, again = remade(before, after)
+    there = {path.name: path.read_bytes() for path in made.path.iterdir()}
+    with pytest.raises(KdlibError, match=f"{ID} was made again and must agree with its results, got .*{told}.*delete .*{ID}"):
+        again()
+    assert {path.name: path.read_bytes() for path in made.path.iterdir()} == there
+    assert store.find("smoke", ID, with_artefact=True) is None, "what disagrees is read by no run"
+
+
+def test_another_kind_of_device_may_end_further_off():
+    assert store.tolerance(CPU, CPU) == store.tolerance(CPU, ANOTHER) == store.tolerance(GPU, GPU.replace("H100", "A100"))
+    assert store.tolerance(CPU, GPU) == store.tolerance(GPU, CPU) > 5 * store.tolerance(CPU, CPU)
+    for old, new, gap, agree in ((CPU, ANOTHER, 0.019, True), (CPU, ANOTHER, 0.03, False), (CPU, GPU, 0.1, True), (GPU, CPU, 0.2, False)):
+        largest, told = store.disagreements(measured(4.5, old), measured(4.5 + gap, new))
+        assert largest == pytest.approx(gap) and (told == []) is agree
+
+
+def test_the_largest_of_all_differences_is_told_and_every_one_beyond_tolerance():
+    old, new = ({**measured(), "evaluation": {name: {"nll": nll, "tokens": 5} for name, nll in of.items()}} for of in (
+        {"test": 4.0, "ood": 5.0, "validation": 3.0}, {"test": 4.5, "ood": 4.3, "validation": 3.001}
+    ))
+    largest, told = store.disagreements(old, new)
+    assert largest == pytest.approx(0.7) and [one.split(":")[0] for one in told] == ["test", "ood"]
+    assert store.disagreements({"cost": {"device": CPU}}, {"cost": {"device": CPU}}) == (0.0, []), "a run that evaluates nothing"
 
 
 def test_what_is_left_of_a_run_that_was_deleted_by_half_is_replaced(home):
@@ -161,11 +274,13 @@ def test_a_missing_or_damaged_run_file_is_named_with_the_way_out(home, content):
         store.read_json(path)
 
 
-def planned(home, *ids: str) -> None:
+def planned(home, *ids: str, entries=(), upstream=()) -> None:
+    """A plan of the smoke profile whose entries are these runs, each a method of its own."""
     folder = home / "results" / "smoke"
     folder.mkdir(parents=True, exist_ok=True)
-    entries = [{"id": one, "label": f"label of {one}", "inputs": []} for one in ids]
-    (folder / "plan.json").write_text(json.dumps({"profile": "smoke", "runs": entries}))
+    runs = [{"id": one, "label": f"label of {one}", "inputs": []} for one in [*upstream, *ids]]
+    entries = entries or [{"method": one, "run": one, "members": []} for one in ids]
+    (folder / "plan.json").write_text(json.dumps({"profile": "smoke", "runs": runs, "entries": entries}))
 
 
 def test_the_table_has_the_planned_runs_in_order_with_their_parameters(home):
@@ -181,6 +296,26 @@ def test_the_table_has_the_planned_runs_in_order_with_their_parameters(home):
     assert table.loc[ID, "label"] == f"label of {ID}"
     assert table.loc[ID, "run"].metrics == {"nll": 4.5}
     assert math.isnan(table.loc[corpus, "seed"])
+    assert [one["run"] for one in store.entries("smoke")] == [corpus, ID]
+
+
+def test_a_run_that_no_entry_is_made_of_may_be_missing(home):
+    scores, member = "scores-000000000000", "student-eeeeeeeeeeee"
+    store.make("smoke", ID, SETTINGS, lambda work: {})
+    planned(home, ID, upstream=[scores])
+    assert list(store.table("smoke").index) == [ID]
+    # A member of an ensemble is what an entry is made of.
+    planned(home, ID, upstream=[scores, member], entries=[{"run": ID, "members": [member]}])
+    with pytest.raises(KdlibError, match=f"lacks 1 of 2 planned runs: label of {member}"):
+        store.table("smoke")
+    store.make("smoke", member, SETTINGS, lambda work: {})
+    assert list(store.table("smoke").index) == [member, ID]
+
+
+def test_another_run_of_the_same_results_is_beside_it():
+    run = store.make("smoke", ID, SETTINGS, lambda work: {})
+    assert run.beside("corpus-000000000000").path == run.path.parent / "corpus-000000000000"
+    assert run.beside(ID) == run
 
 
 def test_missing_runs_are_named_with_the_command_that_makes_them(home):
@@ -206,9 +341,9 @@ def test_the_cells_of_a_grid_are_their_runs_in_the_plans_order(home):
     plan["grids"] = {"losses": {"runs": entries, "cells": [["z", names[:2]], ["a", names[2:]]]}}
     store.write_json(home / "results" / "smoke" / "plan.json", plan)
     assert store.grids("smoke") == ["losses"]
-    with pytest.raises(KdlibError, match="lacks 5 of 5 planned runs: label of student-aaaaaaaaaaaa"):
+    with pytest.raises(KdlibError, match="lacks 4 of 4 planned runs: label of student-aaaaaaaaaaaa"):
         store.cells("smoke", "losses")
-    for name in [*names, ID]:
+    for name in names:
         store.make("smoke", name, SETTINGS, lambda work: {})
     found = store.cells("smoke", "losses")
     assert [(cell, [run.id for run in group]) for cell, group in found.items()] == [("z", names[:2]), ("a", names[2:])]
