@@ -24,18 +24,18 @@ GRIDS = {
     "targets": {"seeds": [1, 2], "students": {"all": {"targets": {"kind": "dense"}}, "8 draws, ρ = 0.5": {"targets": {"draws": 8, "proposal": 0.5}}}},
     "weights": {
         "seeds": [1, 2],
-        "students": {"CE": {"objective": "ce", "batch_size": 8}, "CE to KD, linear": {"kd_weight_schedule": LINEAR}},
+        "students": {"CE": {"objective": "ce", "batch_size": 8}, "CE to KD, linear": {"kd_weight": LINEAR}},
         "vary": {"kd_weight": [0.5, 1.0], "temperature": [1.0, 2.0]},
     },
     "losses": {
         "seeds": [1, 2],
         "base": {"targets": {"kind": "dense"}},
-        "students": {"forward KL": {}, "total variation": {"divergence": "tvd"}, "JSD, β = 0.5": {"divergence": "jsd"}},
+        "students": {"forward KL": {}, "total variation": {"divergence": "tvd"}, "JSD, β = 0.5": {"divergence": {"jsd": {"beta": 0.5}}}},
     },
     "features": {
         "seeds": [1, 2],
         "base": {"objective": "online_kd"},
-        "students": {"logits": {}, "attention_maps": {"feature": "attention_mse"}},
+        "students": {"logits": {}, "attention_maps": {"features": {"of": "attention_mse"}}},
     },
     "initialisation": {
         "seeds": [1, 2],
@@ -45,7 +45,7 @@ GRIDS = {
     "data": {
         "seeds": [1, 2],
         "base": {"objective": "online_kd", "batch_size": 8},
-        "students": {"real text": {}, "random tokens": {"text": "uniform"}, "50 % & more": {"text": "teacher"}},
+        "students": {"real text": {}, "random tokens": {"text": "uniform"}, "50 % & more": {"text": "generated"}},
     },
     "my_depths": {"seeds": [1, 2], "base": {"batch_size": 4}, "students": {"one layer": {}}, "vary": {"layers": [2, 3]}},
 }  # fmt: skip
