@@ -24,7 +24,7 @@ from test_training import (
     trained,
     weights,
 )
-from tiny import VOCABULARY, make_model, make_split
+from tiny import BLOCK, VOCABULARY, make_model, make_split
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 
@@ -339,8 +339,8 @@ def test_an_ensemble_of_another_vocabulary_or_with_the_student_in_it_is_refused(
 
 def test_the_operations_of_an_ensemble_are_those_of_its_members():
     members = [make_model(1), make_model(2, layers=2)]
-    found = models.flops_per_token(EnsembleForCausalLM.from_members(members), BLOCK)
-    assert found == sum(models.flops_per_token(one, BLOCK) for one in members)
+    pool = models.operations(EnsembleForCausalLM.from_members(members))
+    assert pool.forward(3, 7) == sum(models.operations(one).forward(3, 7) for one in members)
 
 
 # Feature losses

@@ -116,13 +116,13 @@ def test_only_true_and_false_are_truth_values(tmp_path, name):
     assert profiles.read_yaml(f"{{{name}: {name}, truth: [true, False]}}") == {name: name, "truth": [True, False]}
 
 
-def test_features_on_something_are_written_as_they_are_said(tmp_path):
+def test_features_of_something_are_written_as_they_are_said(tmp_path):
     text = (profiles.REPOSITORY / "profiles" / "smoke.yaml").read_text(encoding="utf-8").replace("name: smoke", "name: mine")
-    text = text.replace("student:\n  objective: kd", "student:\n  objective: online_kd\n  features: {on: relation, layers: last}", 1)
+    text = text.replace("student:\n  objective: kd", "student:\n  objective: online_kd\n  features: {of: relation, layers: last}", 1)
     path = tmp_path / "mine.yaml"
     path.write_text(text, encoding="utf-8")
     found = profiles.load(str(path)).student.features
-    assert (found.on, found.layers) == ("relation", "last")
+    assert (found.of, found.layers) == ("relation", "last")
 
 
 def test_a_section_whose_settings_all_have_defaults_may_be_left_out(tmp_path):
