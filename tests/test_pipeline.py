@@ -15,8 +15,9 @@ import fake_notebooks
 import pytest
 
 from kdlib.analysis import outputs
-from kdlib.runs import producers
-from kdlib.study import notebooks, plan, store
+from kdlib.runs.make import make
+from kdlib.study import design, notebooks, store
+from kdlib.study.kinds import kinds
 from kdlib.study.profiles import REPOSITORY, available
 
 GRIDS = ("targets", "weights")
@@ -24,9 +25,9 @@ GRIDS = ("targets", "weights")
 MEASURED = {"cost", "seconds", "tokens_per_second", "peak_memory_bytes", "peak_device_bytes"}
 
 
-def snakemake(home: Path, *arguments: str, profile: str = "smoke", **options) -> subprocess.Popen:
+def snakemake(home: Path, *arguments: str, profile: str = "smoke", grids: str = "", **options) -> subprocess.Popen:
     """Snakemake as ``make paper`` calls it, with results and notebooks under ``home``."""
-    command = [sys.executable, "-m", "snakemake", "--config", f"profile={profile}", *arguments]
+    command = [sys.executable, "-m", "snakemake", "--config", f"profile={profile}", f"grids={grids}", *arguments]
     # Threads that wait sleep: they would take the cores from whatever else runs on the machine that tests.
     environment = {**os.environ, "KDLIB_HOME": str(home)}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -64,13 +65,14 @@ def what_was_learned(metrics):
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """A smoke study, killed while it trained a student, then resumed: (home, what was finished, what was in work)."""
-    home = tmp_path_factory.mktemp("study")
+    """A smoke study, killed while it trained a student, then resumed: (home, what was finished, what was in work).
+
+    Its folder has a name that a shell would read otherwise. Grids are asked for once.
+    """
+    home = tmp_path_factory.mktemp("study") / "user's $tudies"
     shutil.copytree(REPOSITORY / "notebooks", home / "notebooks")
     results = home / "results" / "smoke"
-    asked = [sys.executable, "-m", "kdlib.study.plan", "smoke", *GRIDS]
-    subprocess.run(asked, cwd=REPOSITORY, env={**os.environ, "KDLIB_HOME": str(home)}, check=True)
-    first = snakemake(home, start_new_session=True)
+    first = snakemake(home, grids=" ".join(GRIDS), start_new_session=True)
     deadline = time.monotonic() + 600
     while not list((results / "work").glob("student-*/*")) or len(list((results / "runs").glob("*/metrics.json"))) < 3:
         assert first.poll() is None and time.monotonic() < deadline, first.communicate()[0]
@@ -89,8 +91,10 @@ def study(tmp_path_factory):
 def test_a_killed_study_is_finished_when_it_is_called_again(study, monkeypatch):
     home, done, _ = study
     monkeypatch.setenv("KDLIB_HOME", str(home))
-    planned = [step.id for step in design.study("smoke", GRIDS)]
-    assert sorted(path.name for path in (home / "results" / "smoke" / "runs").iterdir()) == sorted(planned)
+    planned = design.study("smoke", GRIDS)
+    assert {path.name for path in (home / "results" / "smoke" / "runs").iterdir()} == {step.id for step in planned}
+    executed = {f"{kinds()[step.kind].NOTEBOOK}-{step.id.rsplit('-', 1)[1]}" for step in planned} | set(outputs.analyses(GRIDS))
+    assert {path.stem for path in (home / "results" / "smoke" / "executed").iterdir()} == executed
     assert list((home / "results" / "smoke" / "work").iterdir()) == []
     assert (home / "paper" / "kdlib-smoke.pdf").read_bytes().startswith(b"%PDF")
     assert {path.stem for path in (home / "results" / "smoke" / "numbers").iterdir()} == set(outputs.analyses(GRIDS))
@@ -108,37 +112,59 @@ def test_a_run_that_was_killed_ends_with_the_numbers_of_one_that_was_not(study, 
     for needed in step.inputs.values():
         shutil.copytree(needed.run().path, upstream / needed.id)
     monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
-    words = plan.command(step).replace("python", sys.executable, 1)
-    subprocess.run(words, shell=True, cwd=REPOSITORY, check=True, capture_output=True)
+    words = [sys.executable, "-m", "kdlib", "make", step.id, "--notebooks", "--profile", "smoke"]
+    subprocess.run(words, cwd=REPOSITORY, check=True, capture_output=True)
     assert what_was_learned(step.run().metrics) == what_was_learned(resumed)
     monkeypatch.undo()
 
 
 @pytest.mark.slow
 def test_where_only_results_are_left_what_a_missing_run_reads_is_made_again(study, tmp_path, monkeypatch):
-    home, _, _ = study
-    shutil.copytree(home / "results", tmp_path / "results")
     monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
-    step = next(step for step in design.study("smoke") if step.kind == "student" and step.parameters.objective == "kd")
-    lost = step.run()
-    learned = what_was_learned(lost.metrics)
-    shutil.rmtree(lost.path)
+    (step,), (learned,) = results_alone(study[0], tmp_path, 1)
     folder = tmp_path / "results" / "smoke" / "runs"
-    for run in folder.iterdir():
-        for artefact in set(store.ARTEFACTS.values()):
-            shutil.rmtree(run / artefact, ignore_errors=True)
     before = {path: path.read_bytes() for path in folder.glob("*/*") if path.is_file()}
-    made = make_run(step)
+    made = make(step)
     assert what_was_learned(made.metrics) == learned and made.artefact.is_dir()
     assert {path: path.read_bytes() for path in before} == before, "results that were there stay"
 
 
-def test_side_by_side_shares_are_checked_and_errors_told(capsys):
-    with pytest.raises(SystemExit):
-        producers.main(["--profile", "smoke", "--share", "2/2"])
-    assert "--share takes I/N with I from 0 to N - 1" in capsys.readouterr().err
-    assert producers.main(["--profile", "smok"]) == 2
-    assert "smok" in capsys.readouterr().err
+def results_alone(home: Path, clone: Path, lost: int) -> tuple[list, list]:
+    """Copies results without artefacts, as a clone has them, and deletes so many KD students: these, and what they had learned."""
+    left = {kind.LEAVES for kind in kinds().values() if kind.LEAVES}
+    shutil.copytree(home / "results", clone / "results", ignore=shutil.ignore_patterns(*left))
+    steps = [one.step for one in design.comparison("smoke") if one.method == "KD student"][:lost]
+    learned = [what_was_learned(step.run().metrics) for step in steps]
+    for step in steps:
+        shutil.rmtree(step.run().path)
+    return steps, learned
+
+
+@pytest.mark.slow
+def test_no_student_of_the_pipeline_trains_its_teacher_again(study, tmp_path, monkeypatch):
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
+    steps, learned = results_alone(study[0], tmp_path, 2)
+    targets = steps[0].inputs["targets"]
+    read = [targets, *targets.inputs.values()]
+    assert sorted(one.kind for one in read) == ["corpus", "targets", "teacher"] and targets == steps[1].inputs["targets"]
+    wanted = ["--", *(f"results/smoke/runs/{step.id}/metrics.json" for step in steps)]
+    assert jobs(tmp_path, *wanted) == {"run"} | {f"artefact_{one.id.replace('-', '_')}" for one in read}
+    finished(snakemake(tmp_path, *wanted))
+    assert [what_was_learned(step.run().metrics) for step in steps] == learned
+    for one in read:
+        assert one.run().artefact.is_dir()
+        assert len(store.read_json(one.run().path / "again.json")["times"]) == 1
+    for step in steps:
+        (path,) = (tmp_path / "results" / "smoke" / "executed").glob(f"*{step.id.rsplit('-', 1)[1]}.ipynb")
+        assert re.findall(r"making (\w+)", path.read_text(encoding="utf-8")) == ["student"]
+
+
+@pytest.mark.slow
+def test_every_run_is_one_command_that_a_person_could_type(tmp_path):
+    out = finished(snakemake(tmp_path, "--dry-run", "--printshellcmds", grids="targets weights"))
+    typed = [line for line in out.splitlines() if line.startswith("python -m kdlib make")]
+    planned = [f"python -m kdlib make {step.id} --notebooks --profile smoke" for step in design.study("smoke", GRIDS)]
+    assert sorted(typed) == sorted(planned)
 
 
 @pytest.mark.slow
