@@ -74,13 +74,19 @@ def profile(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def invented(profile, tmp_path_factory):
-    """A results home with invented runs for the comparison and every grid, where validation and test text disagree."""
+    """A results home with invented runs for the comparison and every grid, where validation and test text disagree.
+
+    Scores lie aside: they only chose text, and no table or figure may need them.
+    """
     folder = tmp_path_factory.mktemp("grids")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KDLIB_HOME", str(folder))
         synthetic_results.write(profile, grids=GRIDS)
         for run in store.cells(profile, "weights")[BEST_ON_VALIDATION]:
             metrics(run, validation=1.0, test=9.0)
+        (folder / "aside").mkdir()
+        for run in (store.results(profile) / "runs").glob("scores-*"):
+            run.rename(folder / "aside" / run.name)
     return folder
 
 
@@ -313,8 +319,8 @@ def test_a_missing_student_is_named(profile, fresh):
         studies.students(profile, "data")
 
 
-def test_scores_that_are_missing_stop_no_table_and_leave_costs_unknown(profile, fresh):
-    scores = list((fresh / "runs").glob("scores-*"))
+def test_scores_that_are_missing_stop_no_table_and_leave_costs_unknown(profile, invented, fresh):
+    scores = [shutil.copytree(run, fresh / "runs" / run.name) for run in (invented / "aside").iterdir()]
     tables = [studies.means(studies.students(profile, "data")), comparison.mean_losses(comparison.models(profile))]
     flops = comparison.models(profile).flops
     costs = accounts.cost(profile).set_index("what")
