@@ -369,14 +369,14 @@ def diverged():
     [
         (lambda: evaluate([model(0), model(1)], splits(), BLOCK), "Name the pool"),
         (lambda: evaluate([model(0)], splits(), BLOCK, pool="median"), "'median'"),
-        (lambda: evaluate([], splits(), BLOCK, pool="logit"), "0 models"),
+        (lambda: evaluate([], splits(), BLOCK, pool="logit"), "got 0 with pool"),
         (lambda: evaluate([model(0), model(1, vocab_size=68)], splits(), BLOCK, pool="logit"), r"\[67, 68\]"),
-        (lambda: evaluate(model(0), splits("test"), BLOCK), "calibration split"),
-        (lambda: evaluate(model(0), {"calibration": empty()}, BLOCK), "'calibration' is empty"),
-        (lambda: evaluate(model(0, vocab_size=60), splits("calibration"), BLOCK), "knows 60 tokens"),
-        (lambda: evaluate(diverged(), splits("calibration"), BLOCK), "diverged"),
-        (lambda: evaluate(diverged(), splits("test"), BLOCK, temperature=1.0), "split 'test'.*diverged"),
-        (lambda: hidden_states(model(0), split("test", 0), np.full((1, BLOCK), -1), 4), "exactly once; they hold 0"),
+        (lambda: evaluate(model(0), splits("test"), BLOCK), "must include calibration"),
+        (lambda: evaluate(model(0), {"calibration": empty()}, BLOCK), "'calibration' must have tokens"),
+        (lambda: evaluate(model(0, vocab_size=60), splits("calibration"), BLOCK), "below the model's 60"),
+        (lambda: evaluate(diverged(), splits("calibration"), BLOCK), "must be finite"),
+        (lambda: evaluate(diverged(), splits("test"), BLOCK, temperature=1.0), "must be finite, got .* split 'test'"),
+        (lambda: hidden_states(model(0), split("test", 0), np.full((1, BLOCK), -1), 4), "once, got 0"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(call, message):
