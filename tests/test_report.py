@@ -249,9 +249,15 @@ def test_the_best_member_is_chosen_on_validation_text(synthetic):
     assert comparison.best_member(ensemble).id in set(ensemble.members) - {worst}
 
 
+def teachers_targets() -> store.Run:
+    """The targets that students of the smoke profile's teacher learn from; its chains have others."""
+    student = comparison.models("smoke").query("method == 'KD student'").run.iloc[0]
+    return store.find("smoke", student.settings["inputs"]["targets"])
+
+
 def test_an_ensemble_pays_for_its_members_and_once_for_their_targets(synthetic):
     flops = comparison.models("smoke").groupby("method").flops.mean()
-    targets = next(run for run in store.table("smoke").run if run.kind == "targets").metrics["flops"]
+    targets = teachers_targets().metrics["flops"]
     assert flops["CE ensemble (logit pool)"] == 2 * flops["CE student"]
     assert flops["KD student"] == flops["CE student"] + targets
     assert flops["KD ensemble (logit pool)"] == 2 * flops["CE student"] + targets
@@ -282,7 +288,7 @@ def test_set_up_and_cost_come_from_the_runs(synthetic):
 
 def test_the_cost_of_a_method_is_that_of_all_upstream_each_once(synthetic):
     cost = accounts.cost("smoke").set_index("what")
-    (targets,) = accounts._of_kind("smoke", "targets")
+    targets = teachers_targets()
     written, own = targets.metrics["flops"], cost.flops["CE student"]
     assert cost.total_flops["CE student"] == cost.train_flops["CE student"] == own
     assert cost.total_flops["KD ensemble (logit pool)"] == 2 * own + written
@@ -296,6 +302,20 @@ def test_the_cost_of_a_method_is_that_of_all_upstream_each_once(synthetic):
     assert cost.teacher_training_flops["CE student"] == cost.teacher_training_flops[teacher] == 0
     # Evaluating members, teacher and pool is no part of the making.
     assert cost.evaluation_flops["CE ensemble (logit pool)"] == 3 * cost.evaluation_flops["CE student"] > 0
+
+
+def test_what_students_write_for_one_another_is_a_row_of_its_own(synthetic):
+    cost = accounts.cost("smoke").set_index("what")
+    assert cost.index.is_unique
+    written = {run.id: run for run in accounts._of_kind("smoke", "targets")}
+    others = [run for run in written.values() if run.id != teachers_targets().id]
+    assert others and cost.runs["writing targets"] == 1 and cost.runs["writing targets of students"] == len(others)
+    np.testing.assert_allclose(cost.flops["writing targets of students"], np.mean([run.metrics["flops"] for run in others]))
+
+
+def test_set_up_counts_the_ensembles_of_independent_members(synthetic):
+    setup = accounts.setup("smoke").set_index("name").value
+    assert (setup["members"], setup["repeats"]) == ("2", "1"), "bagging and chains are other methods, not repeats"
 
 
 def test_set_up_is_what_was_run_whatever_the_profile_says_now(synthetic, monkeypatch):
@@ -329,7 +349,7 @@ def test_a_local_teacher_is_called_by_its_name_not_by_where_it_lies(synthetic, s
 
 
 def test_set_up_tells_of_targets_from_elsewhere_and_of_a_weight_on_a_schedule(synthetic):
-    (targets,) = accounts._of_kind("smoke", "targets")
+    targets = teachers_targets()
     settings = targets.settings
     del settings["inputs"]["teacher"]
     store.write_json(targets.path / "settings.json", settings)
@@ -350,7 +370,7 @@ def test_the_peak_is_that_of_the_process_that_took_most(synthetic):
 
 
 def test_targets_of_a_writer_that_timed_none_have_no_speed(synthetic):
-    (targets,) = accounts._of_kind("smoke", "targets")
+    targets = teachers_targets()
     store.write_json(targets.path / "metrics.json", targets.metrics | {"tokens_per_second": None})
     cost = accounts.cost("smoke").set_index("what")
     assert cost.tokens["writing targets"] == targets.metrics["tokens"] and np.isnan(cost.seconds["writing targets"])

@@ -38,7 +38,8 @@ def setup(profile: str) -> pd.DataFrame:
     taught = table.run[inputs["targets"]].settings["inputs"].get("teacher") or table.id[table.kind == "teacher"].iloc[-1]
     teacher = table.run[taught].settings["parameters"]
     text = table.run[inputs["corpus"]]
-    groups = {tuple(one["members"]) for one in store.entries(profile) if one["role"] == "ensemble" and one["objective"] == "kd"}
+    pooled = [one for one in store.entries(profile) if one["formed"] == "independent" and one["objective"] == "kd"]
+    groups = {tuple(one["members"]) for one in pooled}
     parameters = distilled.metrics["parameters"]
     card = text.metrics["card"]
     read = ("kd_weight", "temperature", "architecture", "layers", "hidden_size", "epochs", "learning_rate")
@@ -119,7 +120,7 @@ def vocabulary(profile: str) -> pd.DataFrame:
 
 
 def cost(profile: str) -> pd.DataFrame:
-    """Work and quality of every method, and of writing targets, a row each, averaged over runs.
+    """Work and quality of every method, and of writing targets (a teacher's, students'), a row each, averaged over runs.
 
     ``flops``, ``tokens``, ``seconds`` and ``tokens_per_second`` are of training (of writing, for targets), summed over the
     members of an ensemble; ``flops`` includes what a step asks of a teacher; the speed is all tokens by all seconds.
@@ -132,7 +133,10 @@ def cost(profile: str) -> pd.DataFrame:
     test text.
     """
     models = comparison.models(profile)
-    rows = [_written(run) | _upstream(profile, [run]) for run in _of_kind(profile, "targets")]
+    rows = []
+    for what, runs in _writers(_of_kind(profile, "targets")).items():
+        work = pd.DataFrame(map(_written, runs)).mean()
+        rows.append({"what": what, **work, "runs": len(runs), **_upstream(profile, runs)})
     for method, group in models[models.objective != "untrained"].groupby("method", sort=False):
         work = pd.DataFrame([_work(row) for _, row in group.iterrows()]).mean()
         metrics = group.run.iloc[0].metrics
@@ -154,12 +158,25 @@ def _upstream(profile: str, runs: list[store.Run]) -> dict:
     return pd.DataFrame(rows).mean().to_dict()
 
 
+def _writers(targets: list[store.Run]) -> dict[str, list[store.Run]]:
+    """Targets by what a table calls their writing: those of the study's teacher, those that it redraws from, those of students."""
+    inputs = {run.id: run.settings["inputs"] for run in targets}
+    dense, found = {read.get("dense") for read in inputs.values()}, {}
+    for run in targets:
+        teacher = inputs[run.id].get("teacher", "teacher")
+        if not teacher.startswith("teacher"):
+            what = "writing targets of students"
+        else:
+            what = "writing dense targets" if run.id in dense else "writing targets"
+        found.setdefault(what, []).append(run)
+    return found
+
+
 def _written(run: store.Run) -> dict:
     metrics = run.metrics
     # A writer that was killed after its last shard has timed none.
     seconds = metrics["tokens"] / (metrics["tokens_per_second"] or np.nan)
     return {
-        "what": "writing targets",
         "format": metrics.get("format", 2),  # version 3 was the first to be told
         "runs": 1,
         "tokens": metrics["tokens"],
