@@ -14,18 +14,21 @@ from pathlib import Path
 import fake_notebooks
 import pytest
 
+from kdlib.__main__ import main
 from kdlib.analysis import outputs
-from kdlib.runs import producers
-from kdlib.study import notebooks, plan, store
+from kdlib.study import design, notebooks, store
+from kdlib.study.kinds import kinds
 from kdlib.study.profiles import REPOSITORY, available
 
 GRIDS = ("targets", "weights")
 # What a run measures about the machine, not about the model.
 MEASURED = {"cost", "seconds", "tokens_per_second", "peak_memory_bytes", "peak_device_bytes"}
+ASKED = f"grids={' '.join(GRIDS)}"
 
 
 def snakemake(home: Path, *arguments: str, profile: str = "smoke", **options) -> subprocess.Popen:
     """Snakemake as ``make paper`` calls it, with results and notebooks under ``home``."""
+    # Settings come first: what follows --config is one, up to the next option.
     command = [sys.executable, "-m", "snakemake", "--config", f"profile={profile}", *arguments]
     # Threads that wait sleep: they would take the cores from whatever else runs on the machine that tests.
     environment = {**os.environ, "KDLIB_HOME": str(home)}
@@ -65,12 +68,11 @@ def what_was_learned(metrics):
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     """A smoke study, killed while it trained a student, then resumed: (home, what was finished, what was in work)."""
-    home = tmp_path_factory.mktemp("study")
+    # A name that a shell would read as something else.
+    home = tmp_path_factory.mktemp("home") / "user's $tudies"
     shutil.copytree(REPOSITORY / "notebooks", home / "notebooks")
     results = home / "results" / "smoke"
-    asked = [sys.executable, "-m", "kdlib.study.plan", "smoke", *GRIDS]
-    subprocess.run(asked, cwd=REPOSITORY, env={**os.environ, "KDLIB_HOME": str(home)}, check=True)
-    first = snakemake(home, start_new_session=True)
+    first = snakemake(home, ASKED, start_new_session=True)
     deadline = time.monotonic() + 600
     while not list((results / "work").glob("student-*/*")) or len(list((results / "runs").glob("*/metrics.json"))) < 3:
         assert first.poll() is None and time.monotonic() < deadline, first.communicate()[0]
@@ -108,14 +110,15 @@ def test_a_run_that_was_killed_ends_with_the_numbers_of_one_that_was_not(study, 
     for needed in step.inputs.values():
         shutil.copytree(needed.run().path, upstream / needed.id)
     monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
-    words = plan.command(step).replace("python", sys.executable, 1)
-    subprocess.run(words, shell=True, cwd=REPOSITORY, check=True, capture_output=True)
+    made = [sys.executable, "-m", "kdlib", "make", step.id, "--notebooks", "--profile", "smoke"]
+    subprocess.run(made, cwd=REPOSITORY, check=True, capture_output=True)
+    assert (tmp_path / "results" / "smoke" / "executed" / f"04_student-{step.id.partition('-')[2]}.ipynb").is_file()
     assert what_was_learned(step.run().metrics) == what_was_learned(resumed)
     monkeypatch.undo()
 
 
 @pytest.mark.slow
-def test_where_only_results_are_left_what_a_missing_run_reads_is_made_again(study, tmp_path, monkeypatch):
+def test_where_only_results_are_left_what_a_missing_run_reads_is_a_job_of_its_own(study, tmp_path, monkeypatch):
     home, _, _ = study
     shutil.copytree(home / "results", tmp_path / "results")
     monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
@@ -125,19 +128,22 @@ def test_where_only_results_are_left_what_a_missing_run_reads_is_made_again(stud
     shutil.rmtree(lost.path)
     folder = tmp_path / "results" / "smoke" / "runs"
     for run in folder.iterdir():
-        for artefact in set(store.ARTEFACTS.values()):
+        for artefact in {kind.LEAVES for kind in kinds().values() if kind.LEAVES}:
             shutil.rmtree(run / artefact, ignore_errors=True)
     before = {path: path.read_bytes() for path in folder.glob("*/*") if path.is_file()}
-    made = make_run(step)
-    assert what_was_learned(made.metrics) == learned and made.artefact.is_dir()
+    read = {f"artefact_{one.id.replace('-', '_')}" for one in step.upstream()[:-1]}
+    assert {job for job in jobs(tmp_path) if job.startswith("artefact")} == read, "no student makes its teacher behind a lock"
+    finished(snakemake(tmp_path, f"results/smoke/runs/{step.id}/metrics.json"))
+    assert what_was_learned(step.run().metrics) == learned and step.run().artefact.is_dir()
     assert {path: path.read_bytes() for path in before} == before, "results that were there stay"
+    again = [json.loads(path.read_text()) for path in folder.glob("*/again.json")]
+    assert len(again) == len(read) and all(one["times"][0]["largest_difference"] == 0 for one in again)
 
 
 def test_side_by_side_shares_are_checked_and_errors_told(capsys):
-    with pytest.raises(SystemExit):
-        producers.main(["--profile", "smoke", "--share", "2/2"])
-    assert "--share takes I/N with I from 0 to N - 1" in capsys.readouterr().err
-    assert producers.main(["--profile", "smok"]) == 2
+    assert main(["make", "--all", "--profile", "smoke", "--share", "2/2"]) == 2
+    assert "--share must be I/N with I from 0 to N - 1" in capsys.readouterr().err
+    assert main(["make", "--all", "--profile", "smok"]) == 2
     assert "smok" in capsys.readouterr().err
 
 
