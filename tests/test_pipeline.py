@@ -14,8 +14,8 @@ from pathlib import Path
 import fake_notebooks
 import pytest
 
+from kdlib.__main__ import main
 from kdlib.analysis import outputs
-from kdlib.runs.make import make
 from kdlib.study import design, notebooks, store
 from kdlib.study.kinds import kinds
 from kdlib.study.profiles import REPOSITORY, available
@@ -23,11 +23,13 @@ from kdlib.study.profiles import REPOSITORY, available
 GRIDS = ("targets", "weights")
 # What a run measures about the machine, not about the model.
 MEASURED = {"cost", "seconds", "tokens_per_second", "peak_memory_bytes", "peak_device_bytes"}
+ASKED = f"grids={' '.join(GRIDS)}"
 
 
-def snakemake(home: Path, *arguments: str, profile: str = "smoke", grids: str = "", **options) -> subprocess.Popen:
+def snakemake(home: Path, *arguments: str, profile: str = "smoke", **options) -> subprocess.Popen:
     """Snakemake as ``make paper`` calls it, with results and notebooks under ``home``."""
-    command = [sys.executable, "-m", "snakemake", "--config", f"profile={profile}", f"grids={grids}", *arguments]
+    # Settings come first: what follows --config is one, up to the next option.
+    command = [sys.executable, "-m", "snakemake", "--config", f"profile={profile}", *arguments]
     # Threads that wait sleep: they would take the cores from whatever else runs on the machine that tests.
     environment = {**os.environ, "KDLIB_HOME": str(home)}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -65,14 +67,12 @@ def what_was_learned(metrics):
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """A smoke study, killed while it trained a student, then resumed: (home, what was finished, what was in work).
-
-    Its folder has a name that a shell would read otherwise. Grids are asked for once.
-    """
-    home = tmp_path_factory.mktemp("study") / "user's $tudies"
+    """A smoke study, killed while it trained a student, then resumed: (home, what was finished, what was in work)."""
+    # A name that a shell would read as something else.
+    home = tmp_path_factory.mktemp("home") / "user's $tudies"
     shutil.copytree(REPOSITORY / "notebooks", home / "notebooks")
     results = home / "results" / "smoke"
-    first = snakemake(home, grids=" ".join(GRIDS), start_new_session=True)
+    first = snakemake(home, ASKED, start_new_session=True)
     deadline = time.monotonic() + 600
     while not list((results / "work").glob("student-*/*")) or len(list((results / "runs").glob("*/metrics.json"))) < 3:
         assert first.poll() is None and time.monotonic() < deadline, first.communicate()[0]
@@ -86,14 +86,13 @@ def study(tmp_path_factory):
     planned = design.study("smoke", GRIDS)
     named = [step.id for step in planned if step.kind in ("teacher", "targets") or step.id in cut]
     finished(snakemake(home, "--", *(f"results/smoke/runs/{one}/metrics.json" for one in named)))
-    # Most of the rest is made in one process, which takes a fraction of the time; what no run reads is left to the pipeline.
-    last = {step.kind: step.id for step in planned}
-    left = {last["student"], last["ensemble"], last["fidelity"]}
+    # Most of the rest is made in one process, in a fraction of the time; what no run reads is left to the pipeline.
+    left = set({step.kind: step.id for step in planned if step.kind in ("student", "ensemble", "fidelity")}.values())
     others = [step.id for step in planned if step.id not in left]
     command = [sys.executable, "-m", "kdlib", "make", *others, "--profile", "smoke"]
     subprocess.run(command, cwd=REPOSITORY, env={**os.environ, "KDLIB_HOME": str(home)}, check=True, capture_output=True)
+    assert left - set(os.listdir(results / "runs")) - cut, "nothing is left to the pipeline"
     finished(snakemake(home))
-    assert left <= {path.name for path in (results / "runs").iterdir()}
     return home, done, cut
 
 
@@ -102,7 +101,7 @@ def test_a_killed_study_is_finished_when_it_is_called_again(study, monkeypatch):
     home, done, _ = study
     monkeypatch.setenv("KDLIB_HOME", str(home))
     planned = design.study("smoke", GRIDS)
-    assert {path.name for path in (home / "results" / "smoke" / "runs").iterdir()} == {step.id for step in planned}
+    assert set(os.listdir(home / "results" / "smoke" / "runs")) == {step.id for step in planned}
     executed = {path.stem.split("-")[0] for path in (home / "results" / "smoke" / "executed").iterdir()}
     assert executed == {kinds()[step.kind].NOTEBOOK for step in planned} | set(outputs.analyses(GRIDS))
     assert list((home / "results" / "smoke" / "work").iterdir()) == []
@@ -122,55 +121,49 @@ def test_a_run_that_was_killed_ends_with_the_numbers_of_one_that_was_not(study, 
     for needed in step.inputs.values():
         shutil.copytree(needed.run().path, upstream / needed.id)
     monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
-    words = [sys.executable, "-m", "kdlib", "make", step.id, "--notebooks", "--profile", "smoke"]
-    subprocess.run(words, cwd=REPOSITORY, check=True, capture_output=True)
+    made = [sys.executable, "-m", "kdlib", "make", step.id, "--notebooks", "--profile", "smoke"]
+    subprocess.run(made, cwd=REPOSITORY, check=True, capture_output=True)
+    assert (tmp_path / "results" / "smoke" / "executed" / f"04_student-{step.id.partition('-')[2]}.ipynb").is_file()
     assert what_was_learned(step.run().metrics) == what_was_learned(resumed)
     monkeypatch.undo()
 
 
 @pytest.mark.slow
-def test_where_only_results_are_left_what_a_missing_run_reads_is_made_again(study, tmp_path, monkeypatch):
+def test_where_only_results_are_left_what_a_missing_run_reads_is_a_job_of_its_own(study, tmp_path, monkeypatch):
+    home, _, _ = study
+    shutil.copytree(home / "results", tmp_path / "results")
     monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
-    step, learned = results_alone(study[0], tmp_path)
+    step = next(step for step in design.study("smoke") if step.kind == "student" and step.parameters.objective == "kd")
+    lost = step.run()
+    learned = what_was_learned(lost.metrics)
+    shutil.rmtree(lost.path)
     folder = tmp_path / "results" / "smoke" / "runs"
+    for run in folder.iterdir():
+        for artefact in {kind.LEAVES for kind in kinds().values() if kind.LEAVES}:
+            shutil.rmtree(run / artefact, ignore_errors=True)
     before = {path: path.read_bytes() for path in folder.glob("*/*") if path.is_file()}
-    made = make(step)
-    assert what_was_learned(made.metrics) == learned and made.artefact.is_dir()
-    assert {path: path.read_bytes() for path in before} == before, "results that were there stay"
-
-
-def results_alone(home: Path, clone: Path) -> tuple:
-    """Copies results without artefacts, as a clone has them, and deletes a KD student: the step, and what it had learned."""
-    left = {kind.LEAVES for kind in kinds().values() if kind.LEAVES}
-    shutil.copytree(home / "results", clone / "results", ignore=shutil.ignore_patterns(*left))
-    shutil.rmtree(clone / "results" / "smoke" / "executed")
-    step = next(one.step for one in design.comparison("smoke") if one.method == "KD student")
-    learned = what_was_learned(step.run().metrics)
-    shutil.rmtree(step.run().path)
-    return step, learned
-
-
-@pytest.mark.slow
-def test_no_student_of_the_pipeline_trains_its_teacher_again(study, tmp_path, monkeypatch):
-    monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
-    step, learned = results_alone(study[0], tmp_path)
-    targets = step.inputs["targets"]
-    read = [targets, *targets.inputs.values()]
-    assert sorted(one.kind for one in read) == ["corpus", "targets", "teacher"]
-    wanted = ["--", f"results/smoke/runs/{step.id}/metrics.json"]
-    assert jobs(tmp_path, *wanted) == {"run"} | {f"artefact_{one.id.replace('-', '_')}" for one in read}
-    finished(snakemake(tmp_path, *wanted))
-    assert what_was_learned(step.run().metrics) == learned
-    for one in read:
-        assert one.run().artefact.is_dir()
-        assert len(store.read_json(one.run().path / "again.json")["times"]) == 1
-    (path,) = (tmp_path / "results" / "smoke" / "executed").glob(f"*{step.id.rsplit('-', 1)[1]}.ipynb")
+    read = {f"artefact_{one.id.replace('-', '_')}" for one in step.upstream()[:-1]}
+    assert {job for job in jobs(tmp_path) if job.startswith("artefact")} == read, "no student makes its teacher behind a lock"
+    shutil.rmtree(tmp_path / "results" / "smoke" / "executed")
+    finished(snakemake(tmp_path, "--", f"results/smoke/runs/{step.id}/metrics.json"))
+    (path,) = (tmp_path / "results" / "smoke" / "executed").iterdir()
     assert re.findall(r"making (\w+)", path.read_text(encoding="utf-8")) == ["student"]
+    assert what_was_learned(step.run().metrics) == learned and step.run().artefact.is_dir()
+    assert {path: path.read_bytes() for path in before} == before, "results that were there stay"
+    again = [json.loads(path.read_text()) for path in folder.glob("*/again.json")]
+    assert len(again) == len(read) and all(one["times"][0]["largest_difference"] == 0 for one in again)
+
+
+def test_side_by_side_shares_are_checked_and_errors_told(capsys):
+    assert main(["make", "--all", "--profile", "smoke", "--share", "2/2"]) == 2
+    assert "--share must be I/N with I from 0 to N - 1" in capsys.readouterr().err
+    assert main(["make", "--all", "--profile", "smok"]) == 2
+    assert "smok" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_every_run_is_one_command_that_a_person_could_type(tmp_path):
-    out = finished(snakemake(tmp_path, "--dry-run", "--printshellcmds", grids="targets weights"))
+    out = finished(snakemake(tmp_path, ASKED, "--dry-run", "--printshellcmds"))
     typed = [line for line in out.splitlines() if line.startswith("python -m kdlib make")]
     planned = [f"python -m kdlib make {step.id} --notebooks --profile smoke" for step in design.study("smoke", GRIDS)]
     assert sorted(typed) == sorted(planned)

@@ -256,7 +256,7 @@ def test_targets_from_outside_count_by_what_they_are_and_not_by_where(tmp_path):
     assert targets("http://here:1#m").inputs.keys() == {"corpus"}
     with pytest.raises(KdlibError, match="must have kind topk and temperature 1, got sampled"):
         profiles.parameters("03_targets", "smoke", source="http://here:1#m")
-    with pytest.raises(KdlibError, match="Unknown source"):
+    with pytest.raises(KdlibError, match="must be one of"):
         assert targets(str(tmp_path / "missing.h5")).id
 
 
