@@ -164,7 +164,7 @@ def test_side_by_side_shares_are_checked_and_errors_told(capsys):
 @pytest.mark.slow
 def test_every_run_is_one_command_that_a_person_could_type(tmp_path):
     out = finished(snakemake(tmp_path, ASKED, "--dry-run", "--printshellcmds"))
-    typed = [line for line in out.splitlines() if line.startswith("python -m kdlib make")]
+    typed = re.findall(r"^Shell command: (python -m kdlib make .*)$", out, re.MULTILINE)
     planned = [f"python -m kdlib make {step.id} --notebooks --profile smoke" for step in design.study("smoke", GRIDS)]
     assert sorted(typed) == sorted(planned)
 
