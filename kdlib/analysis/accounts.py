@@ -132,7 +132,10 @@ def cost(profile: str) -> pd.DataFrame:
     test text.
     """
     models = comparison.models(profile)
-    rows = [_written(run) | _upstream(profile, [run]) for run in _of_kind(profile, "targets")]
+    written = pd.DataFrame([_written(run) | _upstream(profile, [run]) for run in _of_kind(profile, "targets")])
+    # Every link of a chain writes targets for the next one.
+    groups = [] if written.empty else written.groupby("what", sort=False)
+    rows = [{"what": what, **group.drop(columns="what").mean(), "runs": len(group)} for what, group in groups]
     for method, group in models[models.objective != "untrained"].groupby("method", sort=False):
         work = pd.DataFrame([_work(row) for _, row in group.iterrows()]).mean()
         metrics = group.run.iloc[0].metrics
@@ -155,11 +158,11 @@ def _upstream(profile: str, runs: list[store.Run]) -> dict:
 
 
 def _written(run: store.Run) -> dict:
-    metrics = run.metrics
+    metrics, writer = run.metrics, run.settings["inputs"].get("teacher", "").rsplit("-", 1)[0]
     # A writer that was killed after its last shard has timed none.
     seconds = metrics["tokens"] / (metrics["tokens_per_second"] or np.nan)
     return {
-        "what": "writing targets",
+        "what": "writing targets" if writer in ("teacher", "") else f"writing targets by a {writer}",
         "format": metrics.get("format", 2),  # version 3 was the first to be told
         "runs": 1,
         "tokens": metrics["tokens"],
