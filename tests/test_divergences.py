@@ -677,13 +677,13 @@ def test_an_unknown_loss_is_refused_with_the_names_of_all():
 )
 def test_an_option_out_of_range_is_refused(name, options):
     (option, value) = next(iter(options.items()))
-    with pytest.raises(KdlibError, match=f"{option} must .*found {value}"):
+    with pytest.raises(KdlibError, match=f"{option} must .*got {value}"):
         divergence_loss(name, *logits(), **options)
 
 
 @pytest.mark.parametrize("temperature", [0, -1.0, math.nan])
 def test_a_temperature_that_is_not_above_0_is_refused(temperature):
-    with pytest.raises(KdlibError, match="temperature must be above 0"):
+    with pytest.raises(KdlibError, match="`temperature` must be above 0"):
         divergence_loss("jsd", *logits(), temperature)
 
 
@@ -705,7 +705,7 @@ def test_unbiased_draws_are_refused_by_name_outside_forward_kl(name):
     student, teacher = logits()
     targets = top_k(probabilities(teacher), 4)
     draws = SparseTargets(targets.ids, targets.weights, None, targets.entropy, 1.0)
-    with pytest.raises(KdlibError, match=f"{name} is not linear.*Use forward_kl"):
+    with pytest.raises(KdlibError, match=f"Targets for {name} must be dense or have a tail.*Use forward_kl"):
         divergence_loss(name, student, draws)
     with pytest.raises(KdlibError, match="not linear"):
         coarse(student, draws)
@@ -714,12 +714,12 @@ def test_unbiased_draws_are_refused_by_name_outside_forward_kl(name):
 @pytest.mark.parametrize("name", OF_ROWS)
 def test_losses_of_whole_rows_refuse_sparse_targets_by_name(name):
     student, teacher = logits()
-    with pytest.raises(KdlibError, match=f"{name} .*no form for sparse targets"):
+    with pytest.raises(KdlibError, match=f"Targets for {name} must be dense.*got sparse"):
         divergence_loss(name, student, top_k(probabilities(teacher), 4))
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_sparse_targets_of_another_temperature_are_refused(name):
     student, teacher = logits()
-    with pytest.raises(KdlibError, match="temperature 2.0.*at 1.0"):
+    with pytest.raises(KdlibError, match="sparse targets, 2.0, got 1.0"):
         divergence_loss(name, student, top_k(probabilities(teacher, 2.0), 4, 2.0), 1.0)

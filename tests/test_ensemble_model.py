@@ -207,19 +207,19 @@ def tokenizer(*tokens):
     [
         (
             lambda: EnsembleForCausalLM.from_members([member(0), member(1, vocab_size=54)]),
-            "vocab_size differs: .53, 54",
+            "different vocab_size: .53, 54",
         ),
-        (lambda: EnsembleForCausalLM.from_members([member(0), member(1, eos_token_id=2)]), "eos_token_id differs"),
-        (lambda: EnsembleForCausalLM.from_members([member(0), member(1).bfloat16()]), "dtype differs"),
+        (lambda: EnsembleForCausalLM.from_members([member(0), member(1, eos_token_id=2)]), "different eos_token_id"),
+        (lambda: EnsembleForCausalLM.from_members([member(0), member(1).bfloat16()]), "different dtype"),
         (lambda: EnsembleForCausalLM.from_members([]), "at least one member"),
-        (lambda: EnsembleForCausalLM.from_members([torch.nn.Linear(2, 2)]), "member 0 is a Linear"),
+        (lambda: EnsembleForCausalLM.from_members([torch.nn.Linear(2, 2)]), "got Linear as member 0"),
         (lambda: EnsembleForCausalLM.from_members([member(0)], "median"), "probability"),
         (lambda: EnsembleForCausalLM.from_members([member(0)], temperature=0.0), "positive"),
         (
             lambda: EnsembleForCausalLM.from_members(
                 [member(0)] * 2, tokenizers=[tokenizer("a", "b"), tokenizer("b", "a")]
             ),
-            r"one tokenizer.*members \[1\] differ",
+            r"one tokenizer.* \[1\] differ",
         ),
     ],
 )

@@ -488,7 +488,7 @@ def test_what_was_recorded_is_forgotten_after_the_loss(objective):
     total, _ = features(SEGMENTS)
     total.backward()
     assert recorded and not any(reference() is not None for reference in recorded)
-    with pytest.raises(KdlibError, match="Nothing was recorded"):
+    with pytest.raises(KdlibError, match="got nothing for"):
         features(SEGMENTS)
 
 
@@ -498,7 +498,7 @@ def test_a_failed_pass_leaves_nothing_to_take_for_the_next_one():
     run(features, student, teacher)
     with pytest.raises(RuntimeError), features.recorded():
         raise RuntimeError
-    with pytest.raises(KdlibError, match="Nothing was recorded"):
+    with pytest.raises(KdlibError, match="got nothing for"):
         features(SEGMENTS)
 
 
@@ -537,9 +537,9 @@ def no_forward(*_arguments, **_options):
         ({"objective": "relation", "relations": ()}, "Relations"),
         ({"objective": "relation", "relations": ("query", "output")}, "Relations"),
         ({"objective": "relation", "relation_heads": 0}, "relation_heads must divide"),
-        ({"objective": "relation", "relation_heads": 5}, "width of the query vectors .*16 .* 36 .*found 5"),
+        ({"objective": "relation", "relation_heads": 5}, "width of the query vectors .*16 .* 36 .*got 5"),
         ({"objective": "hidden_mse", "layers": "all"}, "5 teacher and 2 student layers"),
-        ({"objective": "hidden_mse", "layers": "last_k", "last_k": 3}, "found 3"),
+        ({"objective": "hidden_mse", "layers": "last_k", "last_k": 3}, "got 3"),
     ],
 )
 def test_wrong_settings_are_refused_before_any_forward_pass(options, message):
@@ -551,9 +551,9 @@ def test_wrong_settings_are_refused_before_any_forward_pass(options, message):
 
 def test_attention_maps_that_are_not_there_or_dropped_out_are_refused():
     student, teacher = pair()
-    with pytest.raises(KdlibError, match="the teacher uses sdpa"):
+    with pytest.raises(KdlibError, match="of the teacher must be eager for attention maps, got sdpa"):
         FeatureLoss(student, decoder(attention="sdpa"), "attention_mse")
-    with pytest.raises(KdlibError, match="drops 0.1"):
+    with pytest.raises(KdlibError, match="must be 0 for attention maps, got 0.1"):
         FeatureLoss(decoder(attention_dropout=0.1), teacher, "attention_mse")
     switched = decoder(attention="sdpa")
     switched.set_attn_implementation("eager")
@@ -572,21 +572,21 @@ def test_models_built_otherwise_are_refused():
     student = decoder()
     other = copy.deepcopy(student)
     del models.body(other).layers[-1].self_attn.q_proj
-    with pytest.raises(KdlibError, match="query of layer 3 in LlamaModel"):
+    with pytest.raises(KdlibError, match="query of layer 3 must be found.*got LlamaModel"):
         FeatureLoss(student, other, "relation")
     del models.body(other).layers
-    with pytest.raises(KdlibError, match="blocks of LlamaModel"):
+    with pytest.raises(KdlibError, match="neither in LlamaModel"):
         FeatureLoss(student, other, "hidden_mse")
 
 
 def test_a_model_that_runs_twice_is_refused():
     student = decoder()
     features = FeatureLoss(student, student, "hidden_mse")
-    with pytest.raises(KdlibError, match="recorded twice"):
+    with pytest.raises(KdlibError, match="run forward once and share no layers"):
         run(features, student, student)
     teacher = copy.deepcopy(student)
     features = FeatureLoss(student, teacher, "hidden_mse")
-    with pytest.raises(KdlibError, match="recorded twice"), features.recorded():
+    with pytest.raises(KdlibError, match="run forward once and share no layers"), features.recorded():
         models.body(student)(**inputs())
         models.body(student)(**inputs())
 

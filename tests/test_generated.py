@@ -248,12 +248,12 @@ def test_the_teacher_stays_as_it_was(tokenizer, teacher):
 
 def test_what_cannot_be_made_is_refused_before_any_work(tokenizer, teacher):
     for tokens, length in ((1, 16), (100, 7)):
-        with pytest.raises(KdlibError, match="at least 2 tokens, in documents of at least 8"):
+        with pytest.raises(KdlibError, match="must be at least 2 and `length` at least 8"):
             random_tokens.uniform(tokenizer, tokens, length, seed=0)
-        with pytest.raises(KdlibError, match="at least 2 tokens, in documents of at least 8"):
+        with pytest.raises(KdlibError, match="must be at least 2 and `length` at least 8"):
             generated.sampled(None, tokenizer, tokens, length, seed=0)
-    with pytest.raises(KdlibError, match="reads at most 256 tokens; found a document length of 300"):
+    with pytest.raises(KdlibError, match="context of 256 tokens, got 300"):
         generated.sampled(teacher, tokenizer, 100, 300, seed=0)
     for wrong in ({"temperature": 0}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.5}):
-        with pytest.raises(KdlibError, match="Sampling needs a temperature above 0"):
+        with pytest.raises(KdlibError, match="`temperature` must be above 0"):
             generated.sampled(teacher, tokenizer, 100, 16, seed=0, **wrong)

@@ -93,7 +93,7 @@ OTHERS = {
         "teacher": ({}, {"student": {"objective": "ce"}}),
         "targets": ({}, {"draws": 8}),
         "fresh_draws": ({"targets": {"source": "dense"}, "seed": 7}, True),
-        "features": ({"objective": "online_kd"}, {"on": "relation"}),
+        "features": ({"objective": "online_kd"}, {"of": "relation"}),
         "architecture": ({}, "gpt2"),
         "layers": ({}, 2),
         "hidden_size": ({}, 64),
@@ -121,12 +121,12 @@ OTHERS = {
     },
 }
 FEATURES = {
-    "on": ({"on": "relation"}, "hidden_mse"),
-    "weight": ({"on": "relation"}, 0.5),
-    "layers": ({"on": "relation"}, "last"),
-    "last_k": ({"on": "relation", "layers": "last_k", "last_k": 1}, 2),
-    "relations": ({"on": "relation"}, ["value"]),
-    "balance": ({"on": "relation"}, "norm"),
+    "of": ({"of": "relation"}, "hidden_mse"),
+    "weight": ({"of": "relation"}, 0.5),
+    "layers": ({"of": "relation"}, "last"),
+    "last_k": ({"of": "relation", "layers": "last_k", "last_k": 1}, 2),
+    "relations": ({"of": "relation"}, ["value"]),
+    "balance": ({"of": "relation"}, "norm"),
 }
 CHOSEN = {"mode": "highest", "measure": "nll", "share": 0.5}
 WAYS = {
@@ -245,7 +245,7 @@ def test_every_setting_of_features_is_part_of_an_id(name):
 
 
 def test_what_features_do_not_read_is_no_part_of_an_id():
-    one, other = ({"on": "hidden_mse", "relations": relations} for relations in (["key"], ["value"]))
+    one, other = ({"of": "hidden_mse", "relations": relations} for relations in (["key"], ["value"]))
     assert step("student", objective="online_kd", features=one).id == step("student", objective="online_kd", features=other).id
 
 
@@ -322,7 +322,7 @@ def locale_folder(folder):
 
 @pytest.mark.parametrize("where", ["C", "latin-1", "no default encoding", "another folder"])
 def test_ids_are_the_same_in_every_locale_and_folder(where, tmp_path, home):
-    grid = {"seeds": [1], "students": {"β – é": {"learning_rate_multipliers": {"é": 0.5}}, "on": {"kd_weight": 0.5}}}
+    grid = {"seeds": [1], "students": {"β – é": {"learning_rate_multipliers": {"é": 0.5}}, "of": {"kd_weight": 0.5}}}
     study = {"grids": {"losses": grid}, "methods": {"Säcke": {"method": "bagging", "share": 0.5}}}
     profile = written(tmp_path, "mine", description="Ça va – 雪", study=study)
     design.write(profile, ("losses",))

@@ -303,16 +303,16 @@ def test_what_cannot_be_initialised_is_refused_with_what_was_expected(tokenizer)
 
     teacher = build(tokenizer, "llama")
     for how, wrong, message in [
-        ("every_nth", student(layers=7), "7 layers cannot be made from a teacher of 6"),
-        ("every_nth", student(width=8), "expected hidden_size 16, the teacher's, found 8"),
-        ("every_nth", student(heads=4), "expected num_attention_heads 2, the teacher's, found 4"),
-        ("every_nth", student(architecture="gpt2"), "expected model_type llama, the teacher's, found gpt2"),
-        ("identical", student(), "expected num_hidden_layers 6, the teacher's, found 2"),
-        ("embeddings", student(width=32), "at most the teacher's 16, found 32"),
-        ("halved", student(), "Unknown initialisation 'halved'"),
-        ("every_nth", make_model(0), f"expected 270 tokens, the teacher's, found {VOCABULARY}"),
-        ("embeddings", make_model(0), f"expected 270 tokens, the teacher's, found {VOCABULARY}"),
-        ("identical", make_model(0), f"expected 270 tokens, the teacher's, found {VOCABULARY}"),
+        ("every_nth", student(layers=7), "must be 1 to the teacher's 6, got 7"),
+        ("every_nth", student(width=8), "hidden_size must be the teacher's, 16, to copy layers, got 8"),
+        ("every_nth", student(heads=4), "num_attention_heads must be the teacher's, 2, to copy layers, got 4"),
+        ("every_nth", student(architecture="gpt2"), "model_type must be the teacher's, llama, to copy layers, got gpt2"),
+        ("identical", student(), "num_hidden_layers must be the teacher's, 6, to copy layers, got 2"),
+        ("embeddings", student(width=32), "at most the teacher's 16 to transfer embeddings, got 32"),
+        ("halved", student(), "must be one of random, .* got 'halved'"),
+        ("every_nth", make_model(0), f"the teacher's 270 tokens to copy weights, got {VOCABULARY}"),
+        ("embeddings", make_model(0), f"the teacher's 270 tokens to copy weights, got {VOCABULARY}"),
+        ("identical", make_model(0), f"the teacher's 270 tokens to copy weights, got {VOCABULARY}"),
     ]:
         with pytest.raises(KdlibError, match=message):
             initialise(wrong, teacher, how)

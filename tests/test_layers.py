@@ -11,7 +11,7 @@ depths = st.integers(1, 100)
 
 
 def impossible(name, teacher, student, last_k=None):
-    with pytest.raises(KdlibError, match="teacher and .* student layers|last_k|Unknown layer map"):
+    with pytest.raises(KdlibError, match="teacher and .* student layers|last_k|must be last, last_k"):
         layer_map(name, teacher, student, last_k)
     return True
 

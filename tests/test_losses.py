@@ -722,19 +722,19 @@ def test_second_derivatives_are_refused_rather_than_wrong():
 @pytest.mark.parametrize("kd_weight", [-0.1, 1.1, float("nan")])
 def test_a_kd_weight_outside_0_to_1_is_refused(kd_weight):
     student, labels, teacher = problem()
-    with pytest.raises(KdlibError, match="0..1"):
+    with pytest.raises(KdlibError, match=r"must be in 0\.\.1"):
         linear_distillation_loss(*student, labels, teacher, kd_weight)
 
 
 def test_a_kd_weight_without_targets_is_refused():
     student, labels, _ = problem()
-    with pytest.raises(KdlibError, match="needs teacher targets"):
+    with pytest.raises(KdlibError, match="and 0 without teacher targets"):
         linear_distillation_loss(*student, labels, None, 0.3)
 
 
 def test_sparse_targets_of_another_temperature_are_refused():
     student, labels, teacher = problem()
-    with pytest.raises(KdlibError, match="temperature 2.0.* asks for 1.0"):
+    with pytest.raises(KdlibError, match="sparse targets, 2.0, got 1.0"):
         linear_distillation_loss(*student, labels, targets_of("sampled", teacher, 2.0), 0.3, 1.0)
 
 
@@ -819,7 +819,7 @@ def test_bf16_products_cost_every_divergence_a_few_bf16_roundings(name):
 @pytest.mark.parametrize("name", sorted(set(DIVERGENCES) - {"forward_kl", *UNSERVED_BY_TOP_K}))
 def test_unbiased_draws_serve_no_divergence_but_forward_kl(name):
     student, labels, teacher = problem()
-    with pytest.raises(KdlibError, match=f"{name} is not linear in the teacher's distribution"):
+    with pytest.raises(KdlibError, match=f"Targets for {name} must be dense or have a tail"):
         fused(student, labels, targets_of("sampled", teacher, 1.0), 0.3, divergence=name)
 
 
@@ -827,27 +827,27 @@ def test_unbiased_draws_serve_no_divergence_but_forward_kl(name):
 @pytest.mark.parametrize("kind", ["sampled", "top-k with tail"])
 def test_sparse_targets_serve_no_loss_of_whole_rows(name, kind):
     student, labels, teacher = problem()
-    with pytest.raises(KdlibError, match=f"{name} compares whole rows"):
+    with pytest.raises(KdlibError, match=f"Targets for {name} must be dense"):
         fused(student, labels, targets_of(kind, teacher, 1.0), 0.3, divergence=name)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("forward_kl", {"beta": 0.5}, "takes the options none; found beta"),
-        ("jsd", {"alpha": 0.5}, "takes the options beta; found alpha"),
-        ("jsd", {"temperature": 2.0}, "takes the options beta; found temperature"),
+        ("forward_kl", {"beta": 0.5}, "must be among none, got beta"),
+        ("jsd", {"alpha": 0.5}, "must be among beta, got alpha"),
+        ("jsd", {"temperature": 2.0}, "must be among beta, got temperature"),
         ("jsd", {"beta": 1.0}, "beta must lie between"),
         ("sinkhorn", {"group": 0}, "group must be a whole number"),
         ("mutual_information", {"group": 4.0}, "group must be a whole number"),
-        ("backward_kl", {}, "must be one of forward_kl, reverse_kl, .*; found 'backward_kl'"),
+        ("backward_kl", {}, "must be one of forward_kl, reverse_kl, .*, got 'backward_kl'"),
     ],
 )
 def test_an_unknown_divergence_or_option_is_refused_whatever_its_weight(name, options, message):
     student, labels, teacher = problem()
     with pytest.raises(KdlibError, match=message):
         fused(student, labels, teacher, 0.3, divergence=name, options=options)
-    if "must" not in message:
+    if "among" in message:
         with pytest.raises(KdlibError, match=message):
             fused(student, labels, divergence=name, options=options)
 
@@ -976,17 +976,17 @@ def test_weights_that_are_no_numbers_from_0_up_are_refused(wrong):
     student, labels, teacher = problem()
     weights = weights_of_tokens()
     weights[MASKED[0]] = wrong
-    with pytest.raises(KdlibError, match=rf"finite number, 0 or more, for each token.*\({TOKENS},\).*{wrong}"):
+    with pytest.raises(KdlibError, match=rf"\[T\], finite and 0 or more.*\({TOKENS},\).*{wrong}"):
         fused(student, labels, teacher, 0.3, token_weights=weights)
 
 
 def test_weights_of_other_tokens_are_refused():
     student, labels, teacher = problem()
     with pytest.raises(
-        KdlibError, match=f"token_weights must describe the same T tokens.*'token_weights': {TOKENS - 1}"
+        KdlibError, match=f"must have the same rows.*'token_weights': {TOKENS - 1}"
     ):
         fused(student, labels, teacher, 0.3, token_weights=weights_of_tokens()[1:])
-    with pytest.raises(KdlibError, match=rf"for each token, \[T\]; found shape \({TOKENS}, 1\)"):
+    with pytest.raises(KdlibError, match=rf"finite and 0 or more, got shape \({TOKENS}, 1\)"):
         fused(student, labels, teacher, 0.3, token_weights=weights_of_tokens()[:, None])
 
 
@@ -994,7 +994,7 @@ def test_weights_of_other_tokens_are_refused():
 @pytest.mark.parametrize("kd_weight", [0.0, 0.3])
 def test_losses_on_groups_of_tokens_take_no_weights(name, kd_weight):
     student, labels, teacher = problem()
-    with pytest.raises(KdlibError, match=f"{name} compares tokens within groups.*Leave them out, or choose"):
+    with pytest.raises(KdlibError, match=f"must be None with {name}.*Leave them out, or choose"):
         fused(student, labels, teacher, kd_weight, divergence=name, token_weights=torch.ones(TOKENS))
 
 

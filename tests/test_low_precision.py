@@ -246,7 +246,7 @@ def test_a_model_without_layers_to_convert_is_refused():
     sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
     for config in (GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64), LlamaConfig(vocab_size=64, **sizes)):
         model = AutoModelForCausalLM.from_config(config)
-        with pytest.raises(KdlibError, match=f"multiples of 16; {type(models.body(model)).__name__} has none"):
+        with pytest.raises(KdlibError, match=f"multiples of 16, got none in {type(models.body(model)).__name__}"):
             eight_bit_backward(model).__enter__()
 
 
@@ -270,11 +270,11 @@ def installed(monkeypatch, version):
 
 
 @pytest.mark.parametrize("setting", ["optimizer", "optimizer_and_backward"])
-@pytest.mark.parametrize(("version", "told"), [(None, "found none"), ("0.9.0", "found 0.9.0")])
+@pytest.mark.parametrize(("version", "told"), [(None, "got none"), ("0.9.0", "got 0.9.0")])
 def test_a_missing_or_old_library_is_refused(monkeypatch, setting, version, told):
     gpu(monkeypatch, (9, 0))
     installed(monkeypatch, version)
-    with pytest.raises(KdlibError, match=f"needs torchao 0.18 or newer; {told}"):
+    with pytest.raises(KdlibError, match=f"torchao must be 0.18 or newer for .*, {told}"):
         require(setting)
     require("none")
 
@@ -287,7 +287,7 @@ def test_a_missing_or_old_library_is_refused(monkeypatch, setting, version, told
 def test_hardware_without_eight_bit_products_is_refused(monkeypatch, capability, cuda, told):
     installed(monkeypatch, "0.18.0")
     gpu(monkeypatch, capability, cuda)
-    with pytest.raises(KdlibError, match=rf"8\.9 or higher.*found .*{told}"):
+    with pytest.raises(KdlibError, match=rf"8\.9 or higher.*got .*{told}"):
         require("optimizer_and_backward")
     require("optimizer")
 
@@ -312,13 +312,13 @@ def test_students_whose_layers_cannot_be_replaced_are_refused_by_name(changes):
 
 
 def test_unknown_settings_are_refused():
-    with pytest.raises(KdlibError, match="Unknown low_precision 'int4'"):
+    with pytest.raises(KdlibError, match="must be one of .* got 'int4'"):
         require("int4")
 
 
 def test_a_trainer_refuses_before_it_starts_and_writes_nothing(tmp_path, monkeypatch):
     installed(monkeypatch, None)
-    with pytest.raises(KdlibError, match="needs torchao"):
+    with pytest.raises(KdlibError, match="torchao must be"):
         make_trainer(tmp_path / "run", make_wide(), changes={"low_precision": "optimizer"})
     assert not (tmp_path / "run").exists()
 

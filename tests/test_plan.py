@@ -102,7 +102,9 @@ def group(step) -> str:
     """Runs that depend on the same things: those that learn from the teacher's targets, and those that do not."""
     if step.kind in ("student", "ensemble"):
         return f"{'kd' if any(one.kind == 'targets' for one in step.upstream()) else 'other'} {step.kind}"
-    return step.kind
+    # Targets of a student, as in a chain, change with it.
+    taught_by = step.inputs.get("teacher")
+    return "kd student" if step.kind == "targets" and taught_by is not None and taught_by.kind == "student" else step.kind
 
 
 @pytest.mark.parametrize(
@@ -140,7 +142,7 @@ def test_edited_code_remakes_the_runs_it_shapes_and_what_reads_them(monkeypatch,
 
 
 def test_what_a_profile_sets_for_one_objective_does_not_stand_in_the_way_of_the_others(mine):
-    student = {"objective": "online_kd", "divergence": {"jsd": {"beta": 0.2}}, "features": {"on": "relation"}}
+    student = {"objective": "online_kd", "divergence": {"jsd": {"beta": 0.2}}, "features": {"of": "relation"}}
     profile = mine(student=student, targets={"kind": "topk"})
     students, plain = (
         {one.objective: one.step for one in design.comparison(name) if one.role == "single"} for name in (profile, "smoke")
@@ -254,7 +256,7 @@ def test_targets_from_outside_count_by_what_they_are_and_not_by_where(tmp_path):
     assert targets("http://here:1#m").inputs.keys() == {"corpus"}
     with pytest.raises(KdlibError, match="must have kind topk and temperature 1, got sampled"):
         profiles.parameters("03_targets", "smoke", source="http://here:1#m")
-    with pytest.raises(KdlibError, match="Unknown source"):
+    with pytest.raises(KdlibError, match="must be one of"):
         assert targets(str(tmp_path / "missing.h5")).id
 
 
@@ -286,7 +288,7 @@ def test_a_file_of_targets_is_known_by_its_whole_path(tmp_path, monkeypatch):
         ({"objective": "ce", "text": {"bagged": {"share": 0.5, "seed": 1}}}, {"corpus"}),
         ({"objective": "ce", "text": {"selected": {"measure": "nll", "mode": "highest", "share": 0.5}}}, {"corpus", "scores"}),
         ({"objective": "ce", "text": {"selected": {"mode": "random", "share": 0.5}}}, {"corpus"}),
-        ({"objective": "online_kd", "features": {"on": "relation"}}, {"corpus", "teacher"}),
+        ({"objective": "online_kd", "features": {"of": "relation"}}, {"corpus", "teacher"}),
     ],
 )
 def test_a_student_reads_what_its_settings_ask_for(changes, inputs):

@@ -54,9 +54,9 @@ def test_an_unknown_profile_is_refused_with_the_known_ones(name):
         ("ensemble", "seeds", [], "ensemble.seeds"),
         ("study", "members", 0, "study.members"),
         ("study", "pools", ["mean"], "study.pools"),
-        ("study", "objectives", ["kd"], "expected objectives with ce and kd .*found .'kd'. and .*add what is missing"),
-        ("study", "objectives", ["ce", "online_kd"], "expected objectives with ce and kd"),
-        ("study", "pools", ["logit"], "pools with probability, found .*'logit'"),
+        ("study", "objectives", ["kd"], "objectives must include ce and kd.*got .'kd'. and .*add what is missing"),
+        ("study", "objectives", ["ce", "online_kd"], "objectives must include ce and kd"),
+        ("study", "pools", ["logit"], "pools probability, .*got .*'logit'"),
         ("corpus", "domains", {"speeches": float("inf")}, "corpus.domains.speeches.*finite number"),
         ("student", "warmup", float("nan"), "student.warmup.*finite number"),
         ("ensemble", "seeds", [1, 2, 1], "ensemble: seeds must be unique, since a member is a seed, got .1, 2, 1."),
@@ -116,13 +116,13 @@ def test_only_true_and_false_are_truth_values(tmp_path, name):
     assert profiles.read_yaml(f"{{{name}: {name}, truth: [true, False]}}") == {name: name, "truth": [True, False]}
 
 
-def test_features_on_something_are_written_as_they_are_said(tmp_path):
+def test_features_of_something_are_written_as_they_are_said(tmp_path):
     text = (profiles.REPOSITORY / "profiles" / "smoke.yaml").read_text(encoding="utf-8").replace("name: smoke", "name: mine")
-    text = text.replace("student:\n  objective: kd", "student:\n  objective: online_kd\n  features: {on: relation, layers: last}", 1)
+    text = text.replace("student:\n  objective: kd", "student:\n  objective: online_kd\n  features: {of: relation, layers: last}", 1)
     path = tmp_path / "mine.yaml"
     path.write_text(text, encoding="utf-8")
     found = profiles.load(str(path)).student.features
-    assert (found.on, found.layers) == ("relation", "last")
+    assert (found.of, found.layers) == ("relation", "last")
 
 
 def test_a_section_whose_settings_all_have_defaults_may_be_left_out(tmp_path):
@@ -185,7 +185,7 @@ def test_a_profile_has_the_name_of_its_file(tmp_path):
 def test_a_profile_elsewhere_cannot_have_the_name_of_one_that_ships(tmp_path):
     path = tmp_path / "smoke.yaml"
     path.write_text(yaml.safe_dump(smoke()))
-    with pytest.raises(KdlibError, match="lie among those of the project's own 'smoke'.*give the file another name"):
+    with pytest.raises(KdlibError, match="must not be called .*smoke.*Rename it"):
         profiles.load(str(path))
     shipped = profiles.REPOSITORY / "profiles" / "smoke.yaml"
     assert profiles.load(str(shipped)).name == "smoke"

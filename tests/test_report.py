@@ -15,7 +15,7 @@ import synthetic_results
 
 from kdlib.analysis import accounts, comparison, figures, grids, outputs, panels, report
 from kdlib.errors import KdlibError
-from kdlib.study import profiles, store
+from kdlib.study import design, profiles, store
 from kdlib.study.profiles import REPOSITORY
 
 GENERATED = re.compile(r"<!-- (\w+):begin -->.*?<!-- \1:end -->", re.DOTALL)
@@ -246,7 +246,7 @@ def test_the_best_member_is_chosen_on_validation_text(synthetic):
     for split in ("test", "ood"):
         metrics["evaluation"][split]["nll"] = 0.0
     store.write_json(models.run[worst].path / "metrics.json", metrics)
-    assert comparison.best_member(ensemble, models).id in set(ensemble.members) - {worst}
+    assert comparison.best_member(ensemble).id in set(ensemble.members) - {worst}
 
 
 def test_an_ensemble_pays_for_its_members_and_once_for_their_targets(synthetic):
@@ -278,11 +278,18 @@ def test_set_up_and_cost_come_from_the_runs(synthetic):
     cost = accounts.cost("smoke").set_index("what")
     assert cost.tokens["CE ensemble (logit pool)"] == 2 * cost.tokens["CE student"]
     assert cost.bytes_per_token["writing targets"] == 36
+    assert cost.runs["writing targets"] == cost.runs["writing targets by a student"] == 1, "a chain of two has one link"
+
+
+def written_by_the_teacher():
+    """The targets of the smoke profile that its teacher writes; the first link of its chain writes others."""
+    (found,) = (run for run in accounts._of_kind("smoke", "targets") if run.settings["inputs"]["teacher"].startswith("teacher-"))
+    return found
 
 
 def test_the_cost_of_a_method_is_that_of_all_upstream_each_once(synthetic):
     cost = accounts.cost("smoke").set_index("what")
-    (targets,) = accounts._of_kind("smoke", "targets")
+    targets = written_by_the_teacher()
     written, own = targets.metrics["flops"], cost.flops["CE student"]
     assert cost.total_flops["CE student"] == cost.train_flops["CE student"] == own
     assert cost.total_flops["KD ensemble (logit pool)"] == 2 * own + written
@@ -290,7 +297,7 @@ def test_the_cost_of_a_method_is_that_of_all_upstream_each_once(synthetic):
     # A teacher's own training is in its own row, and apart from the rows of those that it taught.
     taught = store.find("smoke", targets.settings["inputs"]["teacher"])
     trained = taught.metrics["training"]["flops"]
-    teacher = comparison.TEACHERS[taught.settings["parameters"]["adaptation"]]
+    teacher = design.TEACHERS[taught.settings["parameters"]["adaptation"]]
     assert cost.total_flops[teacher] == cost.train_flops[teacher] == trained > 0
     assert cost.teacher_training_flops["KD student"] == cost.teacher_training_flops["KD ensemble (logit pool)"] == trained
     assert cost.teacher_training_flops["CE student"] == cost.teacher_training_flops[teacher] == 0
@@ -325,17 +332,17 @@ def test_a_local_teacher_is_called_by_its_name_not_by_where_it_lies(synthetic, s
         settings = run.settings
         settings["parameters"]["teacher"] = "lora"
         store.write_json(run.path / "settings.json", settings)
-    assert accounts.setup("smoke", 1000).set_index("name").value["teacher"] == called
+    assert accounts.setup("smoke").set_index("name").value["teacher"] == called
 
 
 def test_set_up_tells_of_targets_from_elsewhere_and_of_a_weight_on_a_schedule(synthetic):
-    (targets,) = accounts._of_kind("smoke", "targets")
+    targets = written_by_the_teacher()
     settings = targets.settings
     del settings["inputs"]["teacher"]
     store.write_json(targets.path / "settings.json", settings)
     for run in accounts._of_kind("smoke", "student"):
         settings = run.settings
-        settings["parameters"].pop("kd_weight", None)
+        settings["parameters"]["kd_weight"] = {"shape": "linear", "start": 0.0, "end": 1.0}
         store.write_json(run.path / "settings.json", settings)
     setup = accounts.setup("smoke").set_index("name").value
     assert (setup["teacher"], setup["kd_weight"]) == ("a small model", "on a schedule")
@@ -350,7 +357,7 @@ def test_the_peak_is_that_of_the_process_that_took_most(synthetic):
 
 
 def test_targets_of_a_writer_that_timed_none_have_no_speed(synthetic):
-    (targets,) = accounts._of_kind("smoke", "targets")
+    targets = written_by_the_teacher()
     store.write_json(targets.path / "metrics.json", targets.metrics | {"tokens_per_second": None})
     cost = accounts.cost("smoke").set_index("what")
     assert cost.tokens["writing targets"] == targets.metrics["tokens"] and np.isnan(cost.seconds["writing targets"])
@@ -360,7 +367,8 @@ def test_every_grid_has_an_analysis_whose_files_no_other_writes():
     held = ["all_of_it", "targets", "methods", "kd_weight", "depth", "depth_runs", "depth_grid", *grids.KNOWN, "runs"]
     analyses = outputs.analyses(held)
     files = [stem for analysis in analyses.values() for stem in analysis.tables]
-    assert len(files) == len(set(files)) == sum(len(one.tables) for one in outputs.COMPARISON) + 3 * len(held)
+    own = [*outputs.COMPARISON, outputs.TARGETS]
+    assert len(files) == len(set(files)) == sum(len(one.tables) for one in own) + 3 * (len(held) - 1)
     assert list(analyses)[:6] == ["10_objectives", "11_target_fidelity", "12_methods", "15_calibration", "17_cost", "21_grid_weights"]
     assert [analysis.grid for analysis in analyses.values() if analysis.grid][1:6] == list(grids.KNOWN)
     assert analyses["21_grid_depth"].arguments == ["notebooks/21_grid.ipynb", "--set", "grid=depth"]

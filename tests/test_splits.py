@@ -193,10 +193,10 @@ def test_the_order_of_files_changes_nothing(tmp_path):
     [
         (
             {"a.txt": prose(0, 600)},
-            "'mine' must have at least 20,000 characters, or 20 texts of 200.*in 1 texts. Give it",
+            "'mine' must have at least 20,000 characters, or 20 texts of 200.*in 1 texts. Add text",
         ),
-        ({"a.txt": "  \n"}, "a.txt in .* is empty"),
-        ({}, "No file in .* matches anything; it holds none"),
+        ({"a.txt": "  \n"}, "a.txt in .* must have text, got an empty file"),
+        ({}, "A file in .* must match anything, got none"),
         (
             {"train.txt": prose(0, 90_000), "val.txt": prose(1, 900)},
             "must give .*calibration.* at least 2 sections of 1,000 characters, got .* Give more text for validation",

@@ -215,7 +215,11 @@ def test_how_near_a_run_comes_that_was_made_again_is_recorded_each_time():
         (measured(), measured(tokens=999), "test: 4.5000 nats on 1000 tokens"),
         (measured(parameters={"body": 10}), measured(parameters={"body": 11}), "parameters: {'body': 10}, now {'body': 11}"),
         (measured(vocabulary={"size": 10}), measured(vocabulary={"size": 9}), "vocabulary: {'size': 10}, now {'size': 9}"),
-        (measured(card={"train": 7}), measured(card={"train": 8}), "card: {'train': 7}, now {'train': 8}"),
+        (
+            measured(card={"splits": {"train": {"tokens": 7}}}),
+            measured(card={"splits": {"train": {"tokens": 8}}}),
+            "train: 7 tokens, now 8",
+        ),
     ],
 )
 def test_a_run_made_again_that_disagrees_is_an_error_that_shows_both_and_leaves_the_old(before, after, told):

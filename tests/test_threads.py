@@ -9,8 +9,8 @@ import nbformat
 import papermill
 import pytest
 
-from kdlib.study import notebooks
-from kdlib.study.profiles import NOTEBOOKS, REPOSITORY
+from kdlib.study import notebooks, profiles
+from kdlib.study.profiles import REPOSITORY
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch brings another OpenMP library")
 # Its own account of the settings that it has read.
@@ -38,7 +38,7 @@ def test_torch_is_told_how_long_to_spin_unless_the_user_has_said_so(own, found):
     assert f"GOMP_SPINCOUNT = '{found}'" in result.stderr
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize("name", profiles.notebooks())
 def test_no_notebook_loads_torch_before_kdlib(name):
     path = REPOSITORY / "notebooks" / f"{name}.ipynb"
     code = "\n".join(cell["source"] for cell in notebooks.cells(path) if cell["cell_type"] == "code")

@@ -246,7 +246,7 @@ def test_weights_of_a_shuffled_batch_are_those_of_its_labels():
     for position, weight in zip(where.flatten(), batch["weights"].flatten().tolist(), strict=True):
         assert weight == (np.float32(values[position]) if position >= 0 else 0)
     assert "weights" not in Collator(split)(rows)
-    with pytest.raises(KdlibError, match=f"at each of the {len(values)} positions of the split 'train'; found 3"):
+    with pytest.raises(KdlibError, match=f"for each of the {len(values)} positions of the split 'train', got 3"):
         Collator(split, weights=values[:3])
 
 
@@ -726,7 +726,7 @@ def test_on_a_machine_of_two_gpus_one_device_trains(tmp_path, monkeypatch):
 
 def test_several_processes_for_one_run_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(KdlibError, match="one process on one device; found WORLD_SIZE=2.*kdlib make --all --share 0/2"):
+    with pytest.raises(KdlibError, match="one process, got WORLD_SIZE=2.*kdlib make --all --share 0/2"):
         make_trainer(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "1")
     make_trainer(tmp_path)

@@ -219,7 +219,7 @@ def test_a_reserved_token_stands_in_for_a_byte_the_vocabulary_lacks(full):
     tokenizer, kept = vocabulary.prune(damaged, TEXTS, 400)
     assert lossless(tokenizer, "a\x04b")
     assert kept[tokenizer.convert_tokens_to_ids(lacking)] == damaged.convert_tokens_to_ids(UNUSED[0])
-    with pytest.raises(KdlibError, match="lacks 4 of the bytes .* only 3 unused"):
+    with pytest.raises(KdlibError, match="got 4 missing and 3 unused"):
         vocabulary.prune(without(full, "ĀĂĄą"), TEXTS, 400)
 
 
@@ -254,17 +254,17 @@ def test_pruning_is_deterministic_and_reads_the_texts_once(full, pruned):
 
 
 def test_a_size_below_bytes_and_special_tokens_names_the_least(full):
-    with pytest.raises(KdlibError, match="256 bytes and the 3 special tokens.* at least 259"):
+    with pytest.raises(KdlibError, match="at least 259: 256 bytes and 3 special tokens"):
         vocabulary.prune(full, TEXTS, 258)
     tokenizer, kept = vocabulary.prune(full, TEXTS, 259)
     assert len(kept) == 259 and merges(tokenizer) == [] and lossless(tokenizer, "anything 🙂")
-    with pytest.raises(KdlibError, match="Ask for at least 259"):
+    with pytest.raises(KdlibError, match="must be at least 259"):
         vocabulary.train(TEXTS, 258)
 
 
 def test_a_tokenizer_of_another_kind_is_named():
     backend = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
-    with pytest.raises(KdlibError, match="byte-level BPE.*found .* with model WordLevel, pre-tokenizer none"):
+    with pytest.raises(KdlibError, match="byte-level BPE.*got .* with model WordLevel, pre-tokenizer none"):
         vocabulary.prune(PreTrainedTokenizerFast(tokenizer_object=backend), TEXTS, 300)
     backend = Tokenizer(models.BPE({"a": 0}, []))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -281,7 +281,7 @@ def test_training_is_deterministic_and_lossless():
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
     )
     assert chat == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    with pytest.raises(KdlibError, match="yield only .* tokens, not 5000"):
+    with pytest.raises(KdlibError, match="at most the .* tokens that the texts yield, got 5000"):
         vocabulary.train(["short"], 5000)
 
 
@@ -341,7 +341,7 @@ def test_a_sliced_model_survives_saving(tmp_path):
 
 
 def test_slicing_beyond_the_embedding_is_refused():
-    with pytest.raises(KdlibError, match="token 60: .* 60 rows"):
+    with pytest.raises(KdlibError, match="60 rows, got 60"):
         vocabulary.slice_model(tiny("llama", tied=True), np.array([1, 60]))
 
 

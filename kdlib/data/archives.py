@@ -1,4 +1,4 @@
-"""Files of a wheel, zip or folder, read as data: no path leads out of it, and nothing is executed."""
+"""Read files of a wheel, zip or folder as data: no path may lead outside it, and nothing is executed."""
 
 import fnmatch
 import os
@@ -36,7 +36,7 @@ def read_members(path: Path, patterns: Sequence[str]) -> Iterator[tuple[str, byt
                     yield member.filename, archive.read(member)
                 except (zipfile.BadZipFile, zlib.error) as error:
                     raise KdlibError(
-                        f"{path} is damaged at {member.filename} ({error}). Delete it and fetch it again."
+                        f"{path} must be undamaged, got {error} at {member.filename}. Delete it and fetch it again."
                     ) from error
     else:
         yield utf8_name(Path(path.name)), path.read_bytes()
@@ -84,8 +84,8 @@ def _matching(names: dict[str, object], patterns: Sequence[str], where: object) 
     )
     if not found:
         raise KdlibError(
-            f"No file in {where} matches {', '.join(patterns) or 'anything'}; "
-            f"it holds {', '.join(sorted(names)[:5]) or 'none'}"
+            f"A file in {where} must match {', '.join(patterns) or 'anything'}, "
+            f"got {', '.join(sorted(names)[:5]) or 'none'}"
             f"{' …' if len(names) > 5 else ''}. Correct 'members' of the source."
         )
     return found
@@ -96,13 +96,11 @@ def _archive_members(archive: zipfile.ZipFile, patterns: Sequence[str]) -> list[
     for name, member in members.items():
         if name.startswith("/") or "\\" in name or ":" in name.split("/")[0] or ".." in PurePosixPath(name).parts:
             raise KdlibError(
-                f"{archive.filename} holds {name!r}, a name that could lead out of the archive. Nothing was read; "
-                "do not use it."
+                f"Names in {archive.filename} must not lead outside the archive, got {name!r}. Nothing was read; do not use it."
             )
         if stat.S_ISLNK(member.external_attr >> 16):
             raise KdlibError(
-                f"{archive.filename} holds the link {name!r}; only plain files are accepted. Nothing was read; "
-                "do not use it."
+                f"{archive.filename} must have plain files only, got the link {name!r}. Nothing was read; do not use it."
             )
     return [members[name] for name in _matching(members, patterns, archive.filename)]
 
@@ -113,7 +111,7 @@ def folder_members(folder: Path, patterns: Sequence[str]) -> list[str]:
     for name in found:
         if files[name].is_symlink() and not _in_hub_cache(files[name], folder):
             raise KdlibError(
-                f"{files[name]} is a link; only plain files in {folder} are read. Put a copy of the file in its place."
+                f"Files in {folder} must be plain, got the link {files[name]}. Replace it by a copy of the file."
             )
     return found
 

@@ -60,8 +60,8 @@ class Split:
             if (chosen < 0).any():
                 missing = np.asarray(documents, dtype=object)[chosen < 0]
                 raise KdlibError(
-                    f"{len(missing)} of {len(chosen)} documents are not in the split {self.name!r}, "
-                    f"the first {missing[0]!r}. Take ids from the column 'document' of this split."
+                    f"`documents` must be ids of the split {self.name!r}, got {len(missing)} of {len(chosen)} others, the first "
+                    f"{missing[0]!r}. Take ids from its column 'document'."
                 )
         predicting = np.diff(self.offsets)[chosen] - 1
         count = -(-predicting // block_length)
@@ -81,7 +81,7 @@ class Split:
 def _check_block_length(block_length: int) -> None:
     if block_length < MIN_BLOCK_LENGTH:
         raise KdlibError(
-            f"block_length is {block_length}; expected at least {MIN_BLOCK_LENGTH} tokens (128 to 1024 are usual)."
+            f"`block_length` must be at least {MIN_BLOCK_LENGTH} tokens, got {block_length}. 128 to 1024 are usual."
         )
 
 
@@ -106,8 +106,7 @@ def pack(windows: np.ndarray, block_length: int) -> np.ndarray:
     start, length = windows[np.lexsort((windows[:, 0], -windows[:, 1]))].T
     if len(length) and (length[0] > block_length or length[-1] < 1):
         raise KdlibError(
-            f"Windows of {length[-1]} to {length[0]} tokens do not fit into rows of {block_length}. "
-            "Cut the windows with the block_length of the rows."
+            f"Windows must have 1 to {block_length} tokens, got {length[-1]} to {length[0]}. Cut them with the block_length of the rows."
         )
     row, column = _first_fit_decreasing(length, block_length)
     _check_apart(start, length, row, column)
@@ -151,8 +150,7 @@ def _check_apart(start: np.ndarray, length: np.ndarray, row: np.ndarray, column:
     end = (start + length)[order]
     if ((end[:-1] == start[order][1:]) & (np.diff(row[order]) == 0)).any():
         raise KdlibError(
-            "Two windows that follow each other in a document would share a row and be read as one. "
-            "Cut the windows with the block_length of the rows, and pass no window in parts."
+            "Consecutive windows of a document must not share a row, which would join them. Cut them with the block_length of the rows."
         )
 
 
@@ -196,13 +194,13 @@ def separator_id(tokenizer) -> int:
     found = tokenizer.get_vocab().get(SEPARATOR, tokenizer.eos_token_id)
     if found is None:
         raise KdlibError(
-            f"The tokenizer has neither {SEPARATOR} nor an eos token; documents need one of them around them. Add it."
+            f"The tokenizer must have {SEPARATOR} or an eos token to separate documents, got neither. Add one."
         )
     return found
 
 
 def tokenise(name: str, documents: pd.DataFrame, tokenizer) -> Split:
-    """All of ``documents`` [document, source, domain, text, bytes] as the split ``name``.
+    """Tokenise all of ``documents`` [document, source, domain, text, bytes] as the split ``name``.
 
     Raises:
         KdlibError: no documents, or one without tokens.
@@ -218,7 +216,7 @@ def select(
     per_source: int = HELD_OUT_PER_SOURCE,
     least_sources: Mapping[str, int] | None = None,
 ) -> dict[str, Split]:
-    """Tokenise as many documents of every split as its budget of tokens asks for.
+    """Tokenise as many documents of every split as its token budget allows.
 
     Documents are taken in the order of the table until their domain's part of the budget is reached, so a smaller
     budget takes a subset of what a larger one takes. A domain with less text than its part is taken whole.
@@ -238,7 +236,7 @@ def select(
     inside = set(documents.domain[documents.split != "ood"])
     if inside != set(shares):
         raise KdlibError(
-            f"Shares are given for {', '.join(sorted(shares))}; expected one for each of {', '.join(sorted(inside))}."
+            f"`shares` must be given for {', '.join(sorted(inside))}, got {', '.join(sorted(shares))}."
         )
     separator = separator_id(tokenizer)
     splits = {}
@@ -271,7 +269,7 @@ def _streams(documents: pd.DataFrame, tokenizer, wanted: float = np.inf, sources
                 return streams
             if not ids:
                 raise KdlibError(
-                    f"The document {document!r} has no tokens: the tokenizer drops all of its text. Leave it out."
+                    f"The document {document!r} must have tokens, got none: the tokenizer drops all of its text. Leave it out."
                 )
             streams[label] = np.array([separator, *ids, separator], dtype=np.int32)
             total += len(ids) + 1
@@ -282,7 +280,7 @@ def _streams(documents: pd.DataFrame, tokenizer, wanted: float = np.inf, sources
 def _split(name: str, documents: pd.DataFrame, streams: dict[int, np.ndarray], separator: int) -> Split:
     if not streams:
         raise KdlibError(
-            f"The split {name!r} is empty: no document was found for it. Read documents that fill it first."
+            f"The split {name!r} must have documents, got none. Read documents that fill it first."
         )
     taken = documents[documents.index.isin(list(streams))]
     ordered = [streams[label] for label in taken.index]
@@ -301,7 +299,7 @@ def save_split(split: Split, folder: Path) -> None:
 
 
 def load_split(folder: Path, name: str) -> Split:
-    """Read what :func:`save_split` wrote; tokens stay on disk and are mapped.
+    """Load a split of :func:`save_split`; tokens are memory-mapped.
 
     Raises:
         KdlibError: the folder holds no such split.
@@ -310,7 +308,7 @@ def load_split(folder: Path, name: str) -> Split:
     if not (folder / f"{name}.parquet").is_file():
         known = sorted(file.stem for file in folder.glob("*.parquet") if (folder / f"{file.stem}.tokens.npy").is_file())
         raise KdlibError(
-            f"{folder} holds no split {name!r}. Expected one of: {', '.join(known) or 'none; make the corpus first'}."
+            f"{folder} must have the split {name!r}, got {', '.join(known) or 'none; make the corpus first'}."
         )
     tokens = np.load(folder / f"{name}.tokens.npy", mmap_mode="r")
     offsets = np.load(folder / f"{name}.offsets.npy")

@@ -61,14 +61,13 @@ def read_documents(
         beginning of it is a random sample; and a report of licences and of what was left out, for the data card.
 
     Raises:
-        KdlibError: unknown domain, a source that cannot be had, text that is not UTF-8, or a split left empty.
+        KdlibError: unknown domain, a source that is not available, text that is not UTF-8, or a split left empty.
     """
     catalogue = sources.catalogue() if catalogue is None else catalogue
     chosen = {name: _text_source(name, catalogue) for name in [*domains, ood]}
     if ood in domains:
         raise KdlibError(
-            f"The out-of-domain set {ood!r} is also one of the domains trained on ({', '.join(domains)}). "
-            "Take it out of one of the two."
+            f"`ood` must not be one of `domains`, got {ood!r} in {', '.join(domains)}. Remove it from one of them."
         )
     paths = {name: sources.fetch(source, cache) for name, source in chosen.items()}
     rows, short, long, division = [], Counter(), Counter(), {}
@@ -122,7 +121,7 @@ def _divided(domain: str, source: sources.Source, path: Path, ood: bool, salt: s
         identity = f"{domain}/{_plain(name).replace('#', '＃')}"
         if identity in texts:
             raise KdlibError(
-                f"Two texts of {domain!r} are called {name!r}. Names must differ: splits are chosen by name."
+                f"Names of texts of {domain!r} must be unique, since splits depend on them, got {name!r} twice. Rename one."
             )
         texts[identity] = _plain(content) if isinstance(content, str) else content
     own = source.reader == "text"
@@ -141,12 +140,12 @@ def _text_source(name: str, catalogue: Mapping[str, sources.Source]) -> sources.
     readable = [known for known, source in catalogue.items() if source.reader]
     if name not in readable:
         raise KdlibError(
-            f"Unknown domain {name!r}. Expected one of {', '.join(readable)}; "
-            "your own text becomes a domain by an entry under `sources` of your profile, or in profiles/sources.yaml."
+            f"A domain must be one of {', '.join(readable)}, got {name!r}. Add your own under `sources` of your profile, or in "
+            "profiles/sources.yaml."
         )
     if catalogue[name].reader not in READERS:
         raise KdlibError(
-            f"Source {name!r} names the reader {catalogue[name].reader!r}. Expected one of {', '.join(READERS)}."
+            f"`reader` of source {name!r} must be one of {', '.join(READERS)}, got {catalogue[name].reader!r}."
         )
     return catalogue[name]
 
@@ -158,8 +157,8 @@ def _check_splits(table: pd.DataFrame, domains: Sequence[str], ood: str) -> None
         if (domain, split) not in held:
             count = table.source[table.domain == domain].nunique()
             raise KdlibError(
-                f"Every split must have text of domain {domain!r}, got none for {split!r} from {count} sources once short and "
-                "repeated texts were left out. Give it more sources, or text that differs."
+                f"Every split must have text of domain {domain!r}, got none for {split!r} from {count} sources without short and "
+                "repeated texts. Add sources or other text."
             )
 
 

@@ -31,7 +31,7 @@ class Generated(Way):
     top_p: float | None = Field(None, gt=0, le=1, description="draw from the smallest set of tokens with this probability")
 
     def inputs(self, student, plan) -> dict:
-        """Whoever writes."""
+        """The run that writes the text."""
         return {"writer": plan.resolve(student.teacher if self.by is None else self.by)}
 
     def take(self, given: Given) -> TrainingText:
@@ -55,11 +55,11 @@ def sampled(
     top_p: float | None = None,
     batch_size: int = 32,
 ) -> Split:
-    """Documents sampled from a teacher, from the separator to the separator, without any text given.
+    """Sample documents from a teacher, prompted with the separator only and ended by the next separator.
 
-    A document that reaches ``length`` is ended there. None is empty: as its first token the separator is not drawn. The
-    text depends on ``seed``, ``batch_size`` and the kind of device; the global random state and the teacher, its
-    generation settings included, stay as they were.
+    A document of ``length`` is ended there. None is empty: the separator is never the first token. The text depends on
+    ``seed``, ``batch_size`` and the type of device; the global random state and the teacher, including its generation
+    settings, are left unchanged.
 
     Args:
         tokens: predicting positions in all. The last document is cut to reach them exactly, or to one more where only
@@ -77,11 +77,10 @@ def sampled(
     check_size(tokens, length)
     context = getattr(teacher.config.get_text_config(), "max_position_embeddings", None) or length
     if length > context:
-        raise KdlibError(f"The teacher reads at most {context} tokens; found a document length of {length}. Lower it.")
+        raise KdlibError(f"`length` must be at most the teacher's context of {context} tokens, got {length}. Lower it.")
     if not temperature > 0 or not (top_p is None or 0 < top_p <= 1):
         raise KdlibError(
-            f"Sampling needs a temperature above 0, and a top_p above 0 and at most 1 (or none); found {temperature} and "
-            f"{top_p}."
+            f"`temperature` must be above 0 and `top_p` above 0 and at most 1, or None, got {temperature} and {top_p}."
         )
     import torch
     from transformers import GenerationConfig

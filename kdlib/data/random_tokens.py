@@ -90,6 +90,5 @@ def check_size(tokens: int, length: int) -> None:
     """Refuse too few tokens, or documents too short, to train on."""
     if tokens < 2 or length < MIN_BLOCK_LENGTH:
         raise KdlibError(
-            f"Expected at least 2 tokens, in documents of at least {MIN_BLOCK_LENGTH}; found {tokens} tokens in documents "
-            f"of {length}."
+            f"`tokens` must be at least 2 and `length` at least {MIN_BLOCK_LENGTH}, got {tokens} and {length}."
         )

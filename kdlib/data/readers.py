@@ -55,8 +55,8 @@ def _decode(name: str, content: bytes) -> str:
         return content.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise KdlibError(
-            f"{name} is not UTF-8 text (byte {error.start} is {content[error.start]:#04x}). Convert it to UTF-8, for "
-            "example with `iconv -t UTF-8`, or leave it out of the source's 'members'."
+            f"{name} must be UTF-8 text, got {content[error.start]:#04x} at byte {error.start}. Convert it with `iconv -t UTF-8`, or "
+            "leave it out of `members`."
         ) from error
 
 
@@ -211,7 +211,7 @@ def text(path: Path, source: Source) -> Named:
     for name, content in _members(path, source):
         if not content.strip():
             raise KdlibError(
-                f"{name} in {path} is empty; a document needs text. Remove it, or leave it out of 'members'."
+                f"{name} in {path} must have text, got an empty file. Remove it, or leave it out of `members`."
             )
         if not name.endswith(".jsonl"):
             yield name, content
@@ -222,13 +222,13 @@ def text(path: Path, source: Source) -> Named:
                 record = json.loads(line)[source.text_column]
             except (ValueError, KeyError, TypeError) as error:
                 raise KdlibError(
-                    f"Line {number} of {name} in {path} is not a JSON object with a field {source.text_column!r} "
-                    f"({type(error).__name__}: {error}). Correct the line, or 'text_column' of the source."
+                    f"Line {number} of {name} in {path} must be a JSON object with a field {source.text_column!r}, got "
+                    f"{type(error).__name__}: {error}. Correct the line, or `text_column` of the source."
                 ) from error
             _check(record, f"Line {number} of {name} in {path}", source)
             if not record:
                 raise KdlibError(
-                    f"Line {number} of {name} in {path} has an empty {source.text_column!r}. Remove the line."
+                    f"Line {number} of {name} in {path} must have text in {source.text_column!r}, got none. Remove the line."
                 )
             yield f"{name}/{number:07d}", record
 
@@ -240,8 +240,8 @@ def hub(path: Path, source: Source) -> Named:
     for number, row in enumerate(load_dataset(str(path), name=source.config, split=source.split, streaming=True)):
         if source.text_column not in row:
             raise KdlibError(
-                f"Data set {source.id} has the columns {', '.join(row)}; expected {source.text_column!r} among them. "
-                "Correct 'text_column' of the source."
+                f"Data set {source.id} must have a column {source.text_column!r}, got {', '.join(row)}. Correct `text_column` of the "
+                "source."
             )
         _check(row[source.text_column], f"Row {number} of data set {source.id}", source)
         yield f"{source.split}/{number:09d}", row[source.text_column]
@@ -254,8 +254,8 @@ def _check(record: object, where: str, source: Source) -> None:
     wrong = [item for item in (record if isinstance(record, list) else [record]) if not is_message(item)]
     if wrong and not isinstance(record, str):
         raise KdlibError(
-            f"{where} has {wrong[0]!r:.80} in {source.text_column!r}; expected a text, or a chat as a list of messages "
-            '{"role": "user", "content": "…"} with text in both fields. Correct it, or \'text_column\' of the source.'
+            f"{where} must have a text, or a list of messages "
+            f'{{"role": "user", "content": "…"}}, both texts, in {source.text_column!r}, got {wrong[0]!r:.80}. Correct it, or `text_column`.'
         )
 
 

@@ -101,7 +101,7 @@ def scores(split: Split, values: np.ndarray) -> pd.DataFrame:
     """
     if len(values) != len(split.tokens):
         raise KdlibError(
-            f"Expected a value at each of the {len(split.tokens)} positions of the split {split.name!r}; found "
+            f"`values` must have one number for each of the {len(split.tokens)} positions of the split {split.name!r}, got "
             f"{len(values)}. Compute them on the same corpus."
         )
     read = np.array(values, dtype=np.float64)
@@ -121,9 +121,8 @@ def mix(table: pd.DataFrame, budget: int, shares: dict[str, float]) -> dict[str,
     for domain, tokens in parts.items():
         if not 1 <= tokens <= held.get(domain, 0):
             raise KdlibError(
-                f"This mix takes {tokens} tokens of the domain {domain!r}, and there are {held.get(domain, 0)} "
-                f"({', '.join(f'{name} {count}' for name, count in held.items())}). Expected at least one token, and no "
-                "more than there are: change the share of the tokens that is kept, or of the domain."
+                f"The mix must take 1 to {held.get(domain, 0)} tokens of the domain {domain!r}, got {tokens} (there are "
+                f"{', '.join(f'{name} {count}' for name, count in held.items())}). Change `share`, or that of the domain."
             )
     return parts
 
@@ -146,7 +145,7 @@ def choose(table: pd.DataFrame, budget: int | dict[str, int], mode: str, seed: i
         KdlibError: unknown mode, a table that breaks the rules above, or a budget that its documents cannot fill.
     """
     if mode not in MODES:
-        raise KdlibError(f"Unknown mode {mode!r}. Expected one of {', '.join(MODES)}.")
+        raise KdlibError(f"`mode` must be one of {', '.join(MODES)}, got {mode!r}.")
     if isinstance(budget, dict):
         of_domains = (choose(table[table.domain == name], tokens, mode, seed) for name, tokens in budget.items())
         chosen = set().union(*of_domains)
@@ -154,8 +153,8 @@ def choose(table: pd.DataFrame, budget: int | dict[str, int], mode: str, seed: i
     _check(table, scored=mode != "random")
     if not 1 <= budget <= table.tokens.sum():
         raise KdlibError(
-            f"Cannot choose {budget} tokens from {len(table)} documents with {table.tokens.sum()} tokens. Expected a "
-            "budget from 1 to that: lower it, or score more text."
+            f"`budget` must be 1 to {table.tokens.sum()} tokens, those of the {len(table)} documents, got {budget}. Lower it, or "
+            "score more text."
         )
     order = _order(table, mode, seed)
     missed = np.abs(table.tokens.to_numpy()[order].cumsum() - budget)
@@ -176,7 +175,7 @@ def weights(table: pd.DataFrame, temperature: float) -> pd.Series:
     """
     _check(table)
     if not 0 < temperature < math.inf:
-        raise KdlibError(f"Expected a temperature above 0, in the unit of the score; found {temperature}.")
+        raise KdlibError(f"`temperature` must be above 0 and finite, in the unit of the score, got {temperature}.")
     score = table.score.to_numpy(dtype=np.float64)
     raw = np.exp((score - score.max()) / temperature)
     return pd.Series(raw / np.average(raw, weights=table.tokens), index=pd.Index(table.document), name="weight")
@@ -204,18 +203,17 @@ def _ids(table: pd.DataFrame, rows: np.ndarray) -> list[str]:
 def _check(table: pd.DataFrame, scored: bool = True) -> None:
     missing = {"document", "tokens", *(["score"] if scored else [])} - set(table.columns)
     if missing:
-        problem = f"lacks the columns {sorted(missing)}"
+        problem = f"no columns {sorted(missing)}"
     elif table.empty:
-        problem = "is empty"
+        problem = "an empty table"
     elif table.document.duplicated().any():
-        problem = f"names {table.document[table.document.duplicated()].iloc[0]!r} more than once"
+        problem = f"{table.document[table.document.duplicated()].iloc[0]!r} more than once"
     elif scored and not np.isfinite(table.score.to_numpy(dtype=np.float64)).all():
-        problem = f"has a score that is no finite number, that of {table.document[~np.isfinite(table.score)].iloc[0]!r}"
+        problem = f"a score that is not finite for {table.document[~np.isfinite(table.score)].iloc[0]!r}"
     elif (table.tokens < 1).any():
-        problem = f"has a document without tokens, {table.document[table.tokens < 1].iloc[0]!r}"
+        problem = f"no tokens for {table.document[table.tokens < 1].iloc[0]!r}"
     else:
         return
     raise KdlibError(
-        f"The table of documents {problem}. Expected a row for each document, with its id (document), its number of "
-        "tokens and, unless the choice is random, a finite score."
+        f"The table must have one row per document with `document`, `tokens` and, unless random, a finite `score`, got {problem}."
     )

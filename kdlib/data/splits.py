@@ -1,6 +1,6 @@
-"""Which of a domain's text is trained on and which is held out.
+"""Division of a domain's text into training and held-out splits.
 
-The rule, in the order in which it applies:
+The rules, in the order in which they apply:
 
 1. *Files that name their split* keep it: text of your own (reader ``text``) where ``splits`` of the source says so or, without
    that, where a part of every file's name does (``train.txt``, ``bnc.dev``, ``test/a.txt``) and one of them names train.
@@ -116,7 +116,7 @@ def named(names: Sequence[str], patterns: Mapping[str, str] | None) -> dict[str,
         if len(splits) != 1:
             raise KdlibError(
                 f"Every file must name one split where others do, got {' and '.join(splits) or 'none'} for {file!r}. Rename "
-                "it, leave it out of `members`, or set `splits` of the source ({} turns names off)."
+                "it, or set `splits` of the source ({} ignores names)."
             )
     return {name: found[file][0] for name, file in files.items()}
 
@@ -257,8 +257,8 @@ def _require_enough(
     if present in ({"train"}, {"ood"}):
         least = ENOUGH if present == {"train"} else LEAST
         raise KdlibError(
-            f"Domain {domain!r} must have at least {least * LENGTHS[-1]:,} characters, or {least} texts of {MIN_CHARACTERS}, to be "
-            f"held out in part; got {characters:,} characters in {len(texts)} texts. Give it more text."
+            f"Domain {domain!r} must have at least {least * LENGTHS[-1]:,} characters, or {least} texts of {MIN_CHARACTERS}, for all "
+            f"splits, got {characters:,} characters in {len(texts)} texts. Add text."
         )
     counts = Counter(splits[section.name] for section in sections if section.size >= MIN_CHARACTERS)
     short = [split for split in SHARES if split != "train" and counts[split] < LEAST]

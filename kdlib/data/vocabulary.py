@@ -63,15 +63,15 @@ def prune(
     missing = sorted(_spelling(_EVERY_BYTE) - ids.keys())
     if len(missing) > len(spare):
         raise KdlibError(
-            f"The tokenizer lacks {len(missing)} of the bytes of UTF-8 text and has only {len(spare)} unused special "
-            "tokens to stand in for them, so it would lose some text. Choose a teacher whose vocabulary has all bytes."
+            f"The tokenizer must have all bytes of UTF-8, got {len(missing)} missing and {len(spare)} unused special tokens to replace "
+            "them. Choose a teacher whose vocabulary has all bytes."
         )
     token.update(zip(spare, missing, strict=False))
     required = {ids[text] for text in needed | (BYTES & ids.keys())} | set(spare[: len(missing)])
     if size < len(required):
         raise KdlibError(
-            f"A vocabulary of {size} tokens cannot hold the {len(required) - len(needed)} bytes and the {len(needed)} "
-            f"special tokens in use ({', '.join(sorted(needed))}). Ask for at least {len(required)}."
+            f"`size` must be at least {len(required)}: {len(required) - len(needed)} bytes and {len(needed)} special tokens in use "
+            f"({', '.join(sorted(needed))}), got {size}."
         )
     # Reversed, so that of several merges with one result the highest-ranked, the one BPE tries first, stays.
     parts = {ids[left + right]: (ids[left], ids[right]) for left, right in reversed(state["model"]["merges"])}
@@ -92,9 +92,9 @@ def _state(tokenizer: PreTrainedTokenizerBase) -> dict:
     affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
     if model.get("type") != "BPE" or "ByteLevel" not in steps or affixes:
         raise KdlibError(
-            f"Expected a fast byte-level BPE tokenizer, such as SmolLM2's or Qwen's; found {type(tokenizer).__name__} "
-            f"with model {model.get('type')}, pre-tokenizer {', '.join(sorted(steps)) or 'none'}"
-            f"{' and word affixes' if affixes else ''}. Choose a teacher with a byte-level BPE tokenizer."
+            f"`tokenizer` must be fast byte-level BPE, such as SmolLM2's, got {type(tokenizer).__name__} with model "
+            f"{model.get('type')}, pre-tokenizer {', '.join(sorted(steps)) or 'none'}"
+            f"{' and word affixes' if affixes else ''}. Choose another teacher."
         )
     return state
 
@@ -167,8 +167,8 @@ def _renumber(processor: dict | None, ids: dict[str, int]) -> None:
             special["ids"] = [ids[text] for text in special["tokens"]]
     else:
         raise KdlibError(
-            "Expected the post-processor TemplateProcessing or ByteLevel, as causal models have; found "
-            f"{processor['type']}. Choose another teacher, or remove the post-processor."
+            "The post-processor must be TemplateProcessing or ByteLevel, as in causal models, got "
+            f"{processor['type']}. Choose another teacher, or remove it."
         )
 
 
@@ -184,8 +184,7 @@ def train(texts: Iterable[str], size: int, chat_template: str = CHATML) -> PreTr
     least = len(BYTES) + len(specials)
     if size < least:
         raise KdlibError(
-            f"A vocabulary of {size} tokens cannot hold the {len(BYTES)} bytes and {len(specials)} special tokens. "
-            f"Ask for at least {least}."
+            f"`size` must be at least {least}: {len(BYTES)} bytes and {len(specials)} special tokens, got {size}."
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -198,8 +197,7 @@ def train(texts: Iterable[str], size: int, chat_template: str = CHATML) -> PreTr
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() < size:
         raise KdlibError(
-            f"The texts yield only {tokenizer.get_vocab_size()} tokens, not {size}. Give more text or ask for "
-            "fewer tokens."
+            f"`size` must be at most the {tokenizer.get_vocab_size()} tokens that the texts yield, got {size}. Add text or lower it."
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -229,8 +227,8 @@ def slice_model(model, kept: np.ndarray):
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if rows.max() >= len(embedding.weight):
         raise KdlibError(
-            f"Cannot keep token {int(rows.max())}: the model's embedding has {len(embedding.weight)} rows. "
-            "Slice a model with the ids of its own tokenizer."
+            f"`kept` must be below the embedding's {len(embedding.weight)} rows, got {int(rows.max())}. Slice a model with the ids of "
+            "its own tokenizer."
         )
 
     def sliced(parameter):
@@ -293,6 +291,6 @@ def require_same(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> None
         differences.append(f"{name}: {left!r} against {right!r}")
     if differences:
         raise KdlibError(
-            f"Expected one tokenizer, found two that differ in {'; '.join(differences)}. Teacher, students and targets "
-            "must share a tokenizer: make them from the same corpus."
+            f"Teacher, students and targets must share a tokenizer, got two that differ in {'; '.join(differences)}. Make them from "
+            "the same corpus."
         )

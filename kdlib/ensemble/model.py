@@ -82,9 +82,9 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         members = list(members)
         _refuse_unlike(members, tokenizers)
         if pool not in POOLS:
-            raise KdlibError(f"The pool of an ensemble is one of {sorted(POOLS)}; found {pool!r}. Choose one of them.")
+            raise KdlibError(f"`pool` must be one of {sorted(POOLS)}, got {pool!r}.")
         if not 0 < temperature < float("inf"):
-            raise KdlibError(f"A pool's temperature is a positive number; found {temperature}. 1 changes nothing.")
+            raise KdlibError(f"`temperature` of a pool must be positive and finite, got {temperature}. 1 changes nothing.")
         configs = [member.config.to_dict() for member in members]
         lengths = [getattr(member.config, "max_position_embeddings", None) for member in members]
         config = cls.config_class(
@@ -156,18 +156,17 @@ def _refuse_unlike(members: list[PreTrainedModel], tokenizers: Sequence[Any] | N
     for number, member in enumerate(members):
         if not isinstance(member, PreTrainedModel):
             raise KdlibError(
-                f"Members of an ensemble must be transformers models; member {number} is a {type(member).__name__}. "
+                f"Members of an ensemble must be transformers models, got {type(member).__name__} as member {number}. "
                 "Merge an adapter into its base first (merge_and_unload)."
             )
     if not members:
-        raise KdlibError("An ensemble needs at least one member; found none. Check that the member runs exist.")
+        raise KdlibError("An ensemble must have at least one member, got none. Check that the member runs exist.")
     traits = {name: [getattr(member.config, name, None) for member in members] for name in VOCABULARY}
     traits["dtype"] = [member.dtype for member in members]
     for name, values in traits.items():
         if any(value != values[0] for value in values):
             raise KdlibError(
-                "Members of an ensemble must share one vocabulary and precision, so that their distributions can "
-                f"be averaged token by token; their {name} differs: {values}. Use members trained with one "
+                f"Members of an ensemble must share vocabulary and precision, got different {name}: {values}. Use members trained with one "
                 "tokenizer."
             )
     if tokenizers is not None:
@@ -175,9 +174,8 @@ def _refuse_unlike(members: list[PreTrainedModel], tokenizers: Sequence[Any] | N
         unlike = [number for number, state in enumerate(states) if state != states[0]]
         if len(states) != len(members) or unlike:
             raise KdlibError(
-                f"Members of an ensemble must share one tokenizer; given {len(states)} tokenizers for "
-                f"{len(members)} members, those of members {unlike} differ from the first. The same token id would "
-                "mean different text: use members trained with one tokenizer."
+                f"Members of an ensemble must share one tokenizer, got {len(states)} for {len(members)} members, where {unlike} differ "
+                "from the first. Use members trained with one."
             )
 
 

@@ -32,8 +32,8 @@ def probability_pool(log_probs: Tensor, weights: Tensor | None = None) -> Tensor
     weights = weights.to(log_probs)
     if weights.shape != (members,) or (weights < 0).any() or not torch.isclose(weights.sum(), weights.new_ones(())):
         raise KdlibError(
-            f"Pool weights must be {members} non-negative numbers that sum to 1, one for each member; found shape "
-            f"{tuple(weights.shape)}, minimum {weights.min():.3g}, sum {weights.sum():.6g}. Normalise them first."
+            f"`weights` must be {members} non-negative numbers that sum to 1, one for each member, got shape "
+            f"{tuple(weights.shape)}, minimum {weights.min():.3g}, sum {weights.sum():.6g}. Normalise them."
         )
     return _sum(one + weight for one, weight in zip(log_probs, weights.log(), strict=True))
 

@@ -111,8 +111,8 @@ def hidden_states(
     positions = predicting_positions(split)
     if not np.array_equal(np.sort(index[index >= 0]), positions):
         raise KdlibError(
-            f"The packed rows must hold each of the {len(positions)} predicting positions of split {split.name!r} "
-            f"exactly once; they hold {np.count_nonzero(index >= 0)}. Pack all windows of this very split."
+            f"The packed rows must have each of the {len(positions)} predicting positions of split {split.name!r} "
+            f"once, got {np.count_nonzero(index >= 0)}. Pack all windows of this split."
         )
     parameter = next(model.parameters())
     dtype, device = autocast or parameter.dtype, parameter.device
@@ -204,9 +204,8 @@ def fit_temperature(chunks: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> fl
             curvature += (square - mean.square()).sum(dtype=torch.float64).item()
         if not math.isfinite(slope):
             raise KdlibError(
-                "A temperature can only be fitted to finite log-probabilities; found NaN or infinity. The model "
-                "has diverged, or overflowed in half precision: evaluate it in float32, or train it again with a "
-                "lower learning rate."
+                "Log-probabilities must be finite to fit a temperature, got NaN or infinity. Evaluate the model in float32, or train it "
+                "with a lower learning rate."
             )
         if slope == 0:
             return 1 / beta
@@ -244,8 +243,8 @@ def _measure(name: str, chunks: _Chunks, temperature: float) -> dict[str, Any]:
     arrays = {kind: torch.cat(values).cpu().numpy() for kind, values in parts.items()}
     if not (np.isfinite(arrays["raw"]).all() and np.isfinite(arrays["calibrated"]).all()):
         raise KdlibError(
-            f"Log-probabilities must be finite; found NaN or infinity on split {name!r}. The model has diverged, or "
-            "overflowed in half precision: evaluate it in float32, or train it again with a lower learning rate."
+            f"Log-probabilities must be finite, got NaN or infinity on split {name!r}. Evaluate the model in float32, or train it with a "
+            "lower learning rate."
         )
     reliability = {
         kind: {form + field: row.tolist() for form, h in forms.items() for field, row in zip(FIELDS, h, strict=True)}
@@ -360,25 +359,24 @@ def _refuse_unfit(
 ) -> None:
     if not members or pool not in (None, *POOLS) or (pool is None and len(members) > 1):
         raise KdlibError(
-            f"An evaluation takes one model, or several under a pool, one of {sorted(POOLS)}; found {len(members)} "
-            f"models and pool {pool!r}. Name the pool, or evaluate the models one by one."
+            f"Several models must have a pool of {sorted(POOLS)}, and one model none, got {len(members)} with pool {pool!r}. Name "
+            "the pool, or evaluate models one by one."
         )
     vocabularies = sorted({len(head(member)[0]) for member in members})
     if len(vocabularies) > 1:
         raise KdlibError(
-            f"Members of a pool must share one vocabulary; their output layers have {vocabularies} tokens. Use members "
+            f"Members of a pool must share one vocabulary, got output layers of {vocabularies} tokens. Use members "
             "trained with one tokenizer."
         )
     if temperature is None and "calibration" not in splits:
         raise KdlibError(
-            f"The temperature is fitted on the calibration split; found the splits {list(splits)}. Add it, or give "
-            "a temperature."
+            f"Splits must include calibration to fit the temperature, got {list(splits)}. Add it, or pass `temperature`."
         )
     for name, split in splits.items():
         if len(split.tokens) <= len(split.documents):
-            raise KdlibError(f"Split {name!r} is empty: no token to predict. Give it documents, or leave it out.")
+            raise KdlibError(f"Split {name!r} must have tokens to predict, got none. Give it documents, or leave it out.")
         if split.tokens.max() >= vocabularies[0]:
             raise KdlibError(
-                f"Split {name!r} holds token {split.tokens.max()}, and the model knows {vocabularies[0]} tokens: "
-                "the text was tokenized with another vocabulary. Evaluate the model on the corpus it was made for."
+                f"Tokens of split {name!r} must be below the model's {vocabularies[0]}, got {split.tokens.max()}. Evaluate the model on "
+                "its own corpus."
             )

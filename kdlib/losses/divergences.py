@@ -177,28 +177,27 @@ def divergence_loss(
             that cannot serve this loss.
     """
     if name not in DIVERGENCES:
-        raise KdlibError(f"The loss must be one of {', '.join(DIVERGENCES)}; found {name!r}.")
+        raise KdlibError(f"`name` must be one of {', '.join(DIVERGENCES)}, got {name!r}.")
     loss = DIVERGENCES[name]
-    _require(temperature > 0, "The temperature must be above 0", temperature)
+    _require(temperature > 0, "`temperature` must be above 0", temperature)
     sparse = isinstance(teacher, SparseTargets)
     shape = (len(teacher), student_logits.shape[-1]) if sparse else tuple(teacher.shape)
     if student_logits.ndim != 2 or student_logits.shape != shape:
         raise KdlibError(
-            "Student and teacher must describe the same T tokens over the same V ids; found "
-            f"{tuple(student_logits.shape)} and {shape}. Flatten a batch [B, T, V] first; cut the padding ids off the "
-            "wider vocabulary."
+            f"Student and teacher must have the same T tokens and V ids, got {tuple(student_logits.shape)} and {shape}. Flatten a batch "
+            "first; cut padding ids off."
         )
     if not sparse:
         return loss(student_logits, teacher, temperature, **options)
     if teacher.temperature != temperature:
         raise KdlibError(
-            f"The targets describe the teacher at temperature {teacher.temperature}, {name} was asked for at "
-            f"{temperature}. Sparse targets cannot be re-tempered: use theirs, or write targets at {temperature}."
+            f"`temperature` must be that of the sparse targets, {teacher.temperature}, got {temperature} for {name}. Write targets "
+            f"at {temperature}, or use theirs."
         )
     if loss in DENSE_ONLY:
         raise KdlibError(
-            f"{name} compares whole rows of teacher logits and has no form for sparse targets, which hold a few ids a "
-            "token. Give it the teacher's logits (dense targets), or choose a divergence."
+            f"Targets for {name} must be dense, since it compares whole rows of logits, got sparse ones. Choose another divergence, or "
+            "dense targets."
         )
     if loss is forward_kl:
         return sparse_kl(student_logits, teacher, **options)
@@ -221,9 +220,8 @@ def coarse(student_logits: Tensor, targets: SparseTargets, loss: str = "This los
     """
     if targets.tail is None:
         raise KdlibError(
-            f"{loss} is not linear in the teacher's distribution, so targets without the mass of the ids they leave out "
-            "(unbiased draws) would bias it; only forward_kl is served by them. Use forward_kl, top-k targets with their "
-            "tail, or dense targets."
+            f"Targets for {loss} must be dense or have a tail, got draws, which bias losses not linear in the teacher. Use forward_kl or "
+            "other targets."
         )
     log_s = F.log_softmax(_full(student_logits) / targets.temperature, dim=-1)
     weights, tail = targets.weights.to(log_s.dtype), targets.tail.to(log_s.dtype)
@@ -271,7 +269,7 @@ def _by_group(loss, log_s: Tensor, log_t: Tensor, group: int) -> Tensor:
 
 def _require(holds: bool, expected: str, found: object) -> None:
     if not holds:
-        raise KdlibError(f"{expected}; found {found!r}.")
+        raise KdlibError(f"{expected}, got {found!r}.")
 
 
 def _require_count(option: str, found: object, least: int) -> None:

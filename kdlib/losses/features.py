@@ -68,9 +68,9 @@ class FeatureLoss(nn.Module):
     ):
         super().__init__()
         if objective not in FEATURES:
-            raise KdlibError(f"Unknown feature objective {objective!r}. Expected one of {', '.join(FEATURES)}.")
+            raise KdlibError(f"`objective` must be one of {', '.join(FEATURES)}, got {objective!r}.")
         if not relations or not set(relations) <= set(VECTORS):
-            raise KdlibError(f"Relations are one or more of {', '.join(VECTORS)}; found {list(relations)}.")
+            raise KdlibError(f"`relations` must be one or more of {', '.join(VECTORS)}, got {list(relations)}.")
         self.objective = objective
         self.pairs = layer_map(layers, len(blocks(teacher)), len(blocks(student)), last_k)
         self.features = tuple(relations) if objective == "relation" else FEATURES[objective]
@@ -121,8 +121,8 @@ class FeatureLoss(nn.Module):
         missing += [f"teacher {key}" for key in self._teacher.keys() - teacher.keys()]
         if missing:
             raise KdlibError(
-                f"Nothing was recorded for {missing[0]} and {len(missing) - 1} more. Expected one forward pass of student "
-                "and one of teacher within recorded() before each loss, through bodies that are not compiled."
+                "Student and teacher, not compiled, must each run forward once within recorded() before a loss, got nothing for "
+                f"{missing[0]} and {len(missing) - 1} more."
             )
         seen, losses = segments >= 0, []
         # Products under autocast would be those of half precision.
@@ -201,7 +201,7 @@ def _relation_scores(vectors: Tensor, segments: Tensor, heads: int) -> Tensor:
     batch, _, length, _ = vectors.shape
     if (batch, length) != segments.shape:
         raise KdlibError(
-            f"Vectors [B, heads, T, width] and segments [B, T] must describe the same tokens; found {tuple(vectors.shape)} "
+            f"`vectors` [B, heads, T, width] and `segments` [B, T] must have the same tokens, got {tuple(vectors.shape)} "
             f"and {tuple(segments.shape)}."
         )
     regrouped = _exact(vectors).transpose(1, 2).reshape(batch, length, heads, -1).transpose(1, 2)
@@ -221,8 +221,8 @@ def _relation_heads(student: Model, teacher: Model, feature: str, wanted: int | 
         return max(n for n in range(1, max(heads) + 1) if not any(width % n for width in widths))
     if wanted < 1 or any(width % wanted for width in widths):
         raise KdlibError(
-            f"relation_heads must divide the width of the {feature} vectors of both models, {widths[0]} (student) and "
-            f"{widths[1]} (teacher); found {wanted}."
+            f"`relation_heads` must divide the width of the {feature} vectors of both models, {widths[0]} (student) and "
+            f"{widths[1]} (teacher), got {wanted}."
         )
     return wanted
 
@@ -232,15 +232,15 @@ def _check_attention_maps(student: Model, teacher: Model) -> None:
         config = models.body(model).config
         if config._attn_implementation != "eager":
             raise KdlibError(
-                f"Attention maps need eager attention; the {role} uses {config._attn_implementation}, which never forms "
-                'them. Call set_attn_implementation("eager") on it, or choose the objective relation.'
+                f"Attention of the {role} must be eager for attention maps, got {config._attn_implementation}. "
+                'Call set_attn_implementation("eager") on it, or choose the objective relation.'
             )
     config = models.body(student).config
     dropout = getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0)
     if dropout:
         raise KdlibError(
-            f"Attention maps are read after attention dropout; the student drops {dropout:g} of them, and would be asked to "
-            "match noise. Expected 0: build or load it with attention_dropout=0 (attn_pdrop=0 for GPT-2)."
+            f"Attention dropout of the student must be 0 for attention maps, got {dropout:g}. Build or load it with "
+            "attention_dropout=0 (attn_pdrop=0 for GPT-2)."
         )
 
 

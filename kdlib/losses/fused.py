@@ -1,9 +1,15 @@
-"""Output layer and loss in one, chunk by chunk: [tokens, V] never exists, and gradients are formed in the forward pass.
+"""Output layer and loss fused, chunk by chunk: [tokens, V] never exists, and gradients are computed in the forward pass.
 
-Each chunk's logits are turned into the loss's gradient with respect to them in place, and multiplied out at once into
-the gradients of hidden states and output weights. The backward pass only scales those by the incoming gradient. The
-idea of a linear layer fused with its cross-entropy is that of Liger-Kernel (Hsu et al. 2024, arXiv 2410.10989) and
-Wijmans et al. 2024 (arXiv 2411.09009); here it also carries sparse and dense teacher targets, and runs on any device.
+The loss is a sum over tokens, and its gradient with respect to the logits z = h W^T has a closed form, G = dL/dz. So for each
+chunk of tokens, the forward pass
+
+1. computes the logits [C, V] into a buffer,
+2. overwrites them by G in place (:func:`_forward_kl`, or :func:`_by_autograd` for other divergences),
+3. multiplies G by W for the gradient of the hidden states, [C, D], and adds G^T h to that of W, [V, D],
+
+and reuses the buffer for the next chunk. The loss is a scalar, so by the chain rule the backward pass only multiplies these
+stored gradients by the incoming one. The fused linear layer and cross-entropy follow Liger-Kernel (Hsu et al. 2024,
+arXiv 2410.10989) and Wijmans et al. 2024 (arXiv 2411.09009); this module adds sparse and dense teacher targets, on any device.
 """
 
 from functools import cache, partial
@@ -19,13 +25,13 @@ from kdlib.losses.logits import head_logits
 from kdlib.losses.reference import IGNORED
 from kdlib.losses.targets import DenseTargets, PooledTargets, SparseTargets
 
-# Logits held at a time. On a CPU a chunk that fits the last-level cache is fastest; on a GPU a larger one would give back
-# the memory that chunks are there to save.
+# Logits in memory at a time. On a CPU, a chunk that fits the last-level cache is fastest. On a GPU, larger chunks would use
+# the memory that chunking is meant to save.
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**23}
 
 
 class LossParts(NamedTuple):
-    """A loss and what it is made of.
+    """A loss and its terms.
 
     Attributes:
         loss: scalar to call backward on, already divided by the normaliser.
@@ -58,13 +64,13 @@ def linear_distillation_loss(
 ) -> LossParts:
     """w * tau^2 * KL(t || s) + (1 - w) * CE, s = softmax(hidden @ weight.T + bias), summed over tokens / normaliser.
 
-    Another ``divergence`` takes the place of tau^2 * KL(t || s). Forward KL has its gradient written out here; the others
-    are differentiated by autograd, a chunk at a time.
+    Another ``divergence`` replaces tau^2 * KL(t || s). Forward KL has an analytic gradient here; the others are differentiated
+    by autograd, one chunk at a time.
 
     Args:
         hidden: [T, D], any floating dtype.
         weight: [V, D]; bias: [V] or None.
-        labels: [T] int64, -100 where nothing is predicted: those tokens get a gradient of exactly zero.
+        labels: [T] int64, -100 where nothing is predicted; these tokens have a gradient of exactly zero.
         targets: rows aligned with ``labels``; None for cross-entropy alone.
         kd_weight: w, weight of the KD term.
         temperature: tau; must equal the temperature of sparse targets.
@@ -79,9 +85,9 @@ def linear_distillation_loss(
             stays a number of tokens, so weights of mean 1 leave the size of the loss as it was. They get no gradient.
 
     Raises:
-        KdlibError: sparse targets kept at another temperature or that cannot serve the divergence, a weight outside 0..1,
-            a weight without targets, an unknown divergence or option, weights that are none, or any of them with a
-            divergence on groups of tokens, where a token's loss depends on who else is in its group.
+        KdlibError: sparse targets of another temperature or that do not support the divergence, a weight outside 0..1, a
+            weight without targets, an unknown divergence or option, invalid token weights, or any token weights with a
+            divergence on groups of tokens, where a token's loss depends on the others in its group.
     """
     found = {"hidden": len(hidden), "labels": len(labels)}
     if targets is not None:
@@ -90,27 +96,26 @@ def linear_distillation_loss(
         found["token_weights"] = len(token_weights)
     if hidden.ndim != 2 or len(set(found.values())) > 1:
         raise KdlibError(
-            f"hidden [T, D], labels [T], targets and token_weights must describe the same T tokens, row for row; found "
-            f"{found} rows and hidden of shape {tuple(hidden.shape)}. Flatten a batch [B, T, D] first."
+            f"`hidden` [T, D], `labels`, `targets` and `token_weights` must have the same rows, got "
+            f"{found} and hidden of shape {tuple(hidden.shape)}. Flatten a batch [B, T, D] first."
         )
     if not temperature > 0:
-        raise KdlibError(f"The temperature must be above 0; found {temperature}.")
+        raise KdlibError(f"`temperature` must be above 0, got {temperature}.")
     if not 0 <= kd_weight <= 1 or (kd_weight > 0 and targets is None):
         raise KdlibError(
-            "kd_weight must lie in 0..1 and needs teacher targets when above 0; "
-            f"found {kd_weight} with {type(targets).__name__}."
+            "`kd_weight` must be in 0..1, and 0 without teacher targets, "
+            f"got {kd_weight} with {type(targets).__name__}."
         )
     if isinstance(targets, SparseTargets) and kd_weight > 0 and targets.temperature != temperature:
         raise KdlibError(
-            f"The targets describe the teacher at temperature {targets.temperature}, the loss asks for {temperature}. "
-            f"A sampled or truncated distribution cannot be re-tempered: write targets at {temperature}, or distil at "
-            f"{targets.temperature}."
+            f"`temperature` must be that of the sparse targets, {targets.temperature}, got {temperature}. Write targets at "
+            f"{temperature}, or use {targets.temperature}."
         )
     rows = (labels != IGNORED).nonzero().squeeze(-1)
     tokens = len(rows)
     if token_weights is not None:
         _check_token_weights(token_weights, divergence)
-        # What counts for nothing need not be computed, and 0 * inf would be NaN.
+        # Tokens of weight 0 need not be computed, and 0 * inf would be NaN.
         rows = rows[token_weights[rows] > 0]
         token_weights = token_weights[rows]
     if kd_weight == 0:
@@ -124,17 +129,17 @@ def linear_distillation_loss(
     options, defaults = options or {}, _defaults(divergence)
     if not options.keys() <= defaults.keys():
         raise KdlibError(
-            f"The divergence {divergence} takes the options {', '.join(defaults) or 'none'}; found {', '.join(options)}."
+            f"`options` of {divergence} must be among {', '.join(defaults) or 'none'}, got {', '.join(options)}."
         )
     if divergence == "forward_kl" or targets is None:
         term = partial(_forward_kl, temperature=temperature, softmax_=_compiled_softmax_() if compiled else _softmax_)
     else:
-        # Losses on groups of tokens must not have a group cut in two.
+        # Chunks are whole groups, for losses on groups of tokens.
         group = max(1, int((defaults | options).get("group", 1)))
         chunk_tokens = max(group, chunk_tokens // group * group)
         term = partial(_by_autograd, temperature=temperature, divergence=divergence, options=options)
     if not torch.is_grad_enabled():
-        # Else a parameter would ask for its gradient all the same, a third product of the size of the logits'.
+        # Otherwise parameters would still request their gradients, a third matrix product of the size of the logits.
         weight, bias = weight.detach(), None if bias is None else bias.detach()
     loss, ce, kd = _LinearDistillation.apply(
         hidden, weight, bias, rows, labels[rows], targets, token_weights, kd_weight, scale, dtype, chunk_tokens, term
@@ -145,13 +150,13 @@ def linear_distillation_loss(
 def _check_token_weights(token_weights: Tensor, divergence: str) -> None:
     if "group" in _defaults(divergence):
         raise KdlibError(
-            f"{divergence} compares tokens within groups, so no single token has a loss of its own to weight; found "
-            "token_weights. Leave them out, or choose a divergence between the distributions of one token."
+            f"`token_weights` must be None with {divergence}, which compares the tokens of a group. Leave them out, or choose another "
+            "divergence."
         )
     if token_weights.ndim != 1 or not ((token_weights >= 0) & token_weights.isfinite()).all():
         raise KdlibError(
-            "token_weights must be a finite number, 0 or more, for each token, [T]; found shape "
-            f"{tuple(token_weights.shape)} and values such as {token_weights.min()} and {token_weights.max()}."
+            "`token_weights` must be [T], finite and 0 or more, got shape "
+            f"{tuple(token_weights.shape)} and values {token_weights.min()} to {token_weights.max()}."
         )
 
 
@@ -159,7 +164,7 @@ def _check_token_weights(token_weights: Tensor, divergence: str) -> None:
 def _defaults(divergence: str) -> dict[str, float]:
     """The options of a divergence: its arguments after student, teacher and temperature."""
     if divergence not in DIVERGENCES:
-        raise KdlibError(f"The divergence must be one of {', '.join(DIVERGENCES)}; found {divergence!r}.")
+        raise KdlibError(f"`divergence` must be one of {', '.join(DIVERGENCES)}, got {divergence!r}.")
     return {name: one.default for name, one in [*signature(DIVERGENCES[divergence]).parameters.items()][3:]}
 
 
@@ -168,8 +173,8 @@ class _LinearDistillation(torch.autograd.Function):
     def forward(
         ctx, hidden, weight, bias, tokens, labels, targets, token_weights, kd_weight, scale, dtype, chunk_tokens, term
     ):
-        # Which of hidden's rows are tokens is known here: to select them outside would have autograd add each row's gradient
-        # back atomically.
+        # `tokens` are the rows of hidden that have a label. They are selected here rather than by the caller, where autograd
+        # would scatter the gradient back with atomic additions.
         exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         w = weight.to(dtype)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
@@ -178,7 +183,8 @@ class _LinearDistillation(torch.autograd.Function):
         grad_bias = torch.zeros(bias.shape, dtype=exact, device=weight.device) if wants_bias else None
         ce = torch.zeros((), dtype=exact, device=hidden.device)
         kd = torch.zeros((), dtype=exact, device=hidden.device)
-        # One buffer serves all chunks: fresh pages for every one of them cost as much as the exponentials.
+        # One buffer for all chunks: allocating fresh pages for each would cost as much as the exponentials. `exact` is the dtype
+        # of softmax and sums, `dtype` that of the matrix products, so logits and gradient exist in both if they differ.
         size = (min(chunk_tokens, len(labels)), len(w))
         exact_buffer = torch.empty(size, dtype=exact, device=hidden.device)
         low_buffer = exact_buffer if dtype == exact else torch.empty(size, dtype=dtype, device=hidden.device)
@@ -189,6 +195,7 @@ class _LinearDistillation(torch.autograd.Function):
                 low, logits = low_buffer[: len(h)], exact_buffer[: len(h)]
                 head_logits(h, w, bias, logits, low)
                 part = None if targets is None else targets[rows]
+                # From here on grad = dL/dz of this chunk, in the memory of its logits, without `scale`, which backward applies.
                 grad, chunk_ce, chunk_kd = term(logits, labels[rows, None], part, kd_weight)
                 if token_weights is not None:
                     each = token_weights[rows].to(exact)
@@ -219,24 +226,25 @@ class _LinearDistillation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _ce, _kd):
-        # once_differentiable would not do: a penalty on these gradients would pass for a constant, without an error.
+        # Not once_differentiable: a penalty on these gradients would then be treated as a constant, without an error.
         if torch.is_grad_enabled():
             raise KdlibError(
-                "The fused loss has no second derivative, and create_graph=True asks for one. Take it from the dense "
-                "definitions in kdlib.losses.reference."
+                "`create_graph` must be False for the fused loss, which has no second derivative. Use the dense definitions in "
+                "kdlib.losses.reference."
             )
+        # L = scale * sum of token losses, so dL/dx = grad_loss * scale * (the stored sum); None for the other 9 arguments.
         return *(None if g is None else g * (grad_loss * ctx.scale).to(g.dtype) for g in ctx.saved_tensors), *(
             None,
         ) * 9
 
 
 def _softmax_(logits: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Overwrites ``logits`` [C, V] by scale [C, 1] * softmax(logits).
+    """Overwrite ``logits`` [C, V] by scale [C, 1] * softmax(logits).
 
-    Returns the parts of the normaliser, [C, 1] each: log softmax(logits) = (logits - largest) - log_sum. Apart they keep
-    the digits that their sum would lose.
+    Returns the two parts of the normaliser, [C, 1] each: log softmax(logits) = (logits - largest) - log_sum. Their sum would
+    lose digits.
     """
-    # A row of nothing but -inf has no distribution; it becomes zeros.
+    # A row of only -inf has no distribution; it becomes zeros.
     largest = logits.amax(1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
     logits.sub_(largest).exp_()
     total = logits.sum(1, keepdim=True).clamp(min=1)
@@ -253,18 +261,20 @@ def _compiled_softmax_():
 def _forward_kl(
     logits: Tensor, label: Tensor, targets, kd_weight: float, temperature: float, softmax_
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the tokens' losses with respect to ``logits`` [C, V], which they overwrite, and each one's CE and KD [C].
+    """Overwrite ``logits`` [C, V] by the gradient of each token's loss, and return it with each token's CE and KD [C].
+
+    With s = softmax(z) and s_tau = softmax(z / tau): d CE / dz = s - onehot(label), d (tau^2 KL) / dz = tau * (s_tau - t).
 
     Args:
         label: [C, 1].
     """
     if targets is None:
         return *_cross_entropy(logits, label, 1.0, softmax_), logits.new_zeros(len(logits))
-    # d(tau^2 KL)/dz = tau * (s - t): one tau cancels against the derivative of z / tau.
+    # tau, not tau^2: the derivative of z / tau cancels one factor.
     step, ce_weight = kd_weight * temperature, 1 - kd_weight
     pull = _pull_sparse if isinstance(targets, SparseTargets) else _pull_dense
     if temperature == 1:
-        # Both terms pull on the same softmax, so one pass serves both.
+        # Both terms contain the same softmax: w (s - t) + (1 - w) (s - onehot) = s - w t - (1 - w) onehot, one pass.
         log_s, kd = pull(logits, label, targets, temperature, step, ce_weight, softmax_)
         return logits.scatter_add_(1, label, logits.new_full(label.shape, -ce_weight)), -log_s, kd
     tempered = logits / temperature
@@ -288,7 +298,7 @@ def _by_autograd(
 
 
 def _cross_entropy(logits: Tensor, label: Tensor, weight: float, softmax_) -> tuple[Tensor, Tensor]:
-    """weight * (s - onehot(label)), in the place of ``logits``, and the cross-entropy [C]."""
+    """Overwrite ``logits`` by weight * (s - onehot(label)); returns it and the cross-entropy [C]."""
     picked = logits.gather(1, label)
     largest, log_sum = softmax_(logits, logits.new_full(label.shape, weight))
     ce = -(picked - largest - log_sum).squeeze(1)
@@ -298,7 +308,10 @@ def _cross_entropy(logits: Tensor, label: Tensor, weight: float, softmax_) -> tu
 def _pull_sparse(
     logits: Tensor, label: Tensor, targets: SparseTargets, temperature: float, step: float, shared: float, softmax_
 ) -> tuple[Tensor, Tensor]:
-    """Overwrites ``logits`` (already divided by the temperature) by (step * mass + shared) * s - step * target.
+    """Overwrite ``logits`` (already divided by the temperature) by (step * mass + shared) * s - step * target.
+
+    mass is the sum of the target's weights: 1 for a distribution, but only 1 in expectation for importance-weighted draws.
+    -sum_i t_i log s_i then has the gradient mass * s - t.
 
     Returns log s at the labels [C], and the KL [C].
     """
@@ -308,14 +321,15 @@ def _pull_sparse(
     if targets.tail is not None:
         tail = targets.tail.to(logits.dtype)[:, None]
         mass = mass + tail
-        # amin, because padding may name an id again, with weight 0.
+        # -inf at the listed ids. amin, because padding may repeat an id with weight 0, and +inf changes nothing.
         without = torch.where(weights > 0, -torch.inf, torch.inf).to(logits.dtype)
         rest = logits.scatter_reduce(1, targets.ids, without, "amin")
-        # Within the tail the target is the student's own shape: it is only told how much mass lies there.
+        # The tail is one outcome with the probability sum of s over the other ids. The gradient of its log is s restricted to
+        # these ids and normalised, minus s: the target within the tail is the student's own distribution, scaled to `tail`.
         rest_largest, rest_log_sum = softmax_(rest, step * tail)
     largest, log_sum = softmax_(logits, step * mass + shared)
     log_s = picked - largest - log_sum
-    # Where there is no mass the student may have none either, and 0 * -inf would be NaN.
+    # Where the target has no mass the student may have none either, and 0 * -inf would be NaN.
     kl = -torch.where(weights > 0, weights * log_s[:, 1:], 0).sum(1) - targets.entropy.to(logits.dtype)
     logits.scatter_add_(1, targets.ids, -step * weights)
     if targets.tail is not None:
@@ -328,7 +342,7 @@ def _pull_sparse(
 def _pull_dense(
     logits: Tensor, label: Tensor, targets: DenseTargets | PooledTargets, temperature: float, step: float, shared: float, softmax_
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`_pull_sparse`, with the target the whole distribution t: (step + shared) * s - step * t."""
+    """As :func:`_pull_sparse`, for a target that is the whole distribution t: (step + shared) * s - step * t."""
     log_t = torch.log_softmax(targets.logits().to(logits.dtype) / temperature, dim=-1)
     log_s = torch.log_softmax(logits, dim=-1)
     picked = log_s.gather(1, label).squeeze(1)

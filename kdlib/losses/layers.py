@@ -48,13 +48,12 @@ def layer_map(
     Raises:
         KdlibError: an unknown name, depths the map is impossible for, or a ``last_k`` missing, too large or not asked for.
     """
-    depths = f"found {teacher_layers} teacher and {student_layers} student layers"
+    depths = f"{teacher_layers} teacher and {student_layers} student layers"
     if min(teacher_layers, student_layers) < 1:
-        raise KdlibError(f"A layer map needs at least one layer on either side; {depths}.")
+        raise KdlibError(f"Both models must have at least one layer, got {depths}.")
     if (last_k is not None) != (name == "last_k"):
         raise KdlibError(
-            f"The layer map last_k, and no other, takes a number of layers last_k; found the map {name!r} with "
-            f"last_k = {last_k}."
+            f"`last_k` must be given with the layer map last_k and no other, got the map {name!r} with last_k = {last_k}."
         )
     students = range(1, student_layers + 1)
     match name:
@@ -62,19 +61,18 @@ def layer_map(
             return [(student_layers, (teacher_layers,))]
         case "last_k":
             if not 1 <= last_k <= min(teacher_layers, student_layers):
-                raise KdlibError(f"last_k must lie between 1 and the smaller depth; found {last_k}, and {depths}.")
+                raise KdlibError(f"`last_k` must be between 1 and the smaller depth, got {last_k} for {depths}.")
             return [(i, (i - student_layers + teacher_layers,)) for i in students[-last_k:]]
         case "all":
             if teacher_layers != student_layers:
                 raise KdlibError(
-                    f"The layer map all pairs equal depths; {depths}. Choose uniform_consecutive, or change the student's depth."
+                    f"Depths must be equal for the layer map all, got {depths}. Choose uniform_consecutive, or change the student's depth."
                 )
             return [(i, (i,)) for i in students]
         case "uniform_consecutive" | "uniform_last":
             if student_layers > teacher_layers:
                 raise KdlibError(
-                    f"The layer map {name} spreads the teacher's layers over a student that is no deeper; {depths}. "
-                    "Choose last or last_k."
+                    f"The student must be no deeper than the teacher for the layer map {name}, got {depths}. Choose last or last_k."
                 )
             ends = {i: teacher_layers * i // student_layers for i in (0, *students)}
             if name == "uniform_consecutive":
@@ -82,7 +80,7 @@ def layer_map(
             return [(i, tuple(sorted({ends[i], teacher_layers}))) for i in students]
         case _:
             raise KdlibError(
-                f"Unknown layer map {name!r}. Expected last, last_k, all, uniform_consecutive or uniform_last."
+                f"`layers` must be last, last_k, all, uniform_consecutive or uniform_last, got {name!r}."
             )
 
 
@@ -96,8 +94,7 @@ def blocks(model: Model) -> nn.ModuleList:
     found = getattr(body, "layers", getattr(body, "h", None))
     if found is None:
         raise KdlibError(
-            f"Cannot find the blocks of {type(body).__name__}. Expected them in `layers`, as in Llama and Qwen, or in `h`, "
-            "as in GPT-2."
+            f"Blocks must be in `layers`, as in Llama and Qwen, or in `h`, as in GPT-2, got neither in {type(body).__name__}."
         )
     return found
 
@@ -132,8 +129,8 @@ def _tap(model: Model, feature: str, layer: int) -> tuple[nn.Module, Callable[..
         if hasattr(attention, name):
             return getattr(attention, name), by_head
     raise KdlibError(
-        f"Cannot find the {feature} of layer {layer} in {type(models.body(model)).__name__}. Expected attention in "
-        "self_attn or attn, and its projections in q_proj, k_proj and v_proj, as in Llama and Qwen, or GPT-2."
+        f"The {feature} of layer {layer} must be found as in Llama, Qwen or GPT-2 (self_attn with q_proj, k_proj, v_proj, or attn), got "
+        f"{type(models.body(model)).__name__}."
     )
 
 
@@ -150,8 +147,8 @@ def capture(where: Taps) -> Iterator[dict[Key, Tensor]]:
         def hook(_module, _inputs, output):
             if key in found:
                 raise KdlibError(
-                    f"The {key[0]} of layer {key[1]} was recorded twice. Expected one forward pass of each model, and models "
-                    "that share no layers; run anything else outside."
+                    f"Each model must run forward once and share no layers, got the {key[0]} of layer {key[1]} twice. Run anything else "
+                    "outside recorded()."
                 )
             found[key] = take(output)
 

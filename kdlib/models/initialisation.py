@@ -36,7 +36,7 @@ def initialise(student: PreTrainedModel, teacher: PreTrainedModel, how: str) -> 
     if how == "random":
         return student
     if how not in ways:
-        raise KdlibError(f"Unknown initialisation {how!r}. Expected one of random, {', '.join(ways)}.")
+        raise KdlibError(f"`initialisation` must be one of random, {', '.join(ways)}, got {how!r}.")
     _require_same_vocabulary(student, teacher)
     return ways[how](student, teacher)
 
@@ -52,8 +52,7 @@ def layer_choice(teacher_layers: int, student_layers: int) -> list[int]:
     """
     if not 1 <= student_layers <= teacher_layers:
         raise KdlibError(
-            f"A student of {student_layers} layers cannot be made from a teacher of {teacher_layers}. Expected 1 to "
-            f"{teacher_layers} layers."
+            f"A student's layers must be 1 to the teacher's {teacher_layers}, got {student_layers}."
         )
     return [round(i * (teacher_layers - 1) / max(1, student_layers - 1)) for i in range(student_layers)]
 
@@ -67,7 +66,7 @@ def perturb(model: PreTrainedModel, scale: float, seed: int) -> PreTrainedModel:
         KdlibError: a scale that is negative or not finite.
     """
     if not 0 <= scale < math.inf:
-        raise KdlibError(f"The scale of parameter noise must be a finite number, 0 or above; found {scale}.")
+        raise KdlibError(f"The scale of parameter noise must be finite and at least 0, got {scale}.")
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.ndim >= 2:
@@ -81,8 +80,8 @@ def _embeddings(student: PreTrainedModel, teacher: PreTrainedModel) -> PreTraine
     rows, target = (model.get_input_embeddings().weight.detach() for model in (teacher, student))
     if target.shape[1] > rows.shape[1]:
         raise KdlibError(
-            f"Embeddings cannot be transferred to a wider student: expected a hidden_size of at most the teacher's "
-            f"{rows.shape[1]}, found {target.shape[1]}. Choose a narrower student."
+            f"The student's hidden_size must be at most the teacher's {rows.shape[1]} to transfer embeddings, got {target.shape[1]}. "
+            "Choose a narrower student."
         )
     if target.shape[1] < rows.shape[1]:
         rows = _principal_coordinates(rows, target.shape[1])
@@ -139,8 +138,8 @@ def _layer_list(model: PreTrainedModel) -> str:
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return name
     raise KdlibError(
-        f"{type(model).__name__} has no list of its {depth} layers; expected a decoder such as a Llama, GPT-2 or Qwen. "
-        "Choose another teacher, or another initialisation."
+        f"The model must be a decoder with a list of its {depth} layers, such as Llama, GPT-2 or Qwen, got {type(model).__name__}. "
+        "Choose another."
     )
 
 
@@ -164,13 +163,13 @@ def _require_same_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel)
         expected = None
     if expected is None or not isinstance(teacher, PreTrainedModel):
         raise KdlibError(
-            f"A student takes weights from one transformers model; found a {type(teacher).__name__}. Name a single model "
-            "instead of an ensemble, and merge adapters first."
+            f"The teacher must be one transformers model to copy weights, got {type(teacher).__name__}. Name a single model, and merge "
+            "adapters first."
         )
     if expected != found:
         raise KdlibError(
-            f"A student takes weights only from a teacher of its vocabulary; expected {expected} tokens, the teacher's, "
-            f"found {found}. Build it with the teacher's tokenizer."
+            f"The student's vocabulary must have the teacher's {expected} tokens to copy weights, got {found}. Build it with the "
+            "teacher's tokenizer."
         )
 
 
@@ -179,6 +178,5 @@ def _require_same(student: PreTrainedModel, teacher: PreTrainedModel, *names: st
         expected, found = (getattr(model.config, name, None) for model in (teacher, student))
         if expected != found:
             raise KdlibError(
-                f"Layers can only be copied between models of one shape: expected {name} {expected}, the teacher's, "
-                f"found {found}. Change the student's, or its initialisation."
+                f"The student's {name} must be the teacher's, {expected}, to copy layers, got {found}. Change it, or the initialisation."
             )

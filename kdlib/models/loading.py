@@ -36,8 +36,8 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> PreTraine
     name = splitter.contents() if splitter else "none"
     if name not in ("gpt-2", "llama-bpe", "qwen2", "smollm"):
         raise KdlibError(
-            f"The GGUF file {path.name} names the pre-tokenizer {name!r}. Expected gpt-2, llama-bpe, qwen2 or smollm: "
-            "another would be replaced in silence by GPT-2's. Load this teacher from its safetensors."
+            f"The pre-tokenizer of the GGUF file {path.name} must be gpt-2, llama-bpe, qwen2 or smollm, got {name!r}. Load this teacher "
+            "from its safetensors."
         )
     if name == "smollm":
         # Where transformers does not know a splitter it takes GPT-2's; SmolLM's also cuts between digits.
@@ -79,8 +79,8 @@ def load_teacher(
     tokens, rows = max(tokenizer.get_vocab().values()) + 1, len(model.get_input_embeddings().weight)
     if tokens > rows:
         raise KdlibError(
-            f"The tokenizer of {source} has {tokens} tokens but the model's embedding only {rows} rows. Expected at "
-            "least a row a token: use the tokenizer the model was trained with."
+            f"The embedding of {source} must have a row for each of the tokenizer's {tokens} tokens, got {rows}. Use the model's own "
+            "tokenizer."
         )
     if tokens < rows:
         slice_model(model, np.arange(tokens))
@@ -93,7 +93,6 @@ def _loading(source: str | Path) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         raise KdlibError(
-            f"Cannot load {source} ({' '.join(str(error).split())[:300]}). Expected a .gguf file, a folder saved by "
-            "save_pretrained with safetensors, or a Hugging Face id that is cached or within reach of the network; "
-            "models that bring their own code are not run."
+            f"{source} must be a .gguf file, a folder of save_pretrained with safetensors, or a Hugging Face id without code of its own, "
+            f"got {' '.join(str(error).split())[:300]}."
         ) from error

@@ -33,20 +33,20 @@ def require(setting: LowPrecision) -> None:
         KdlibError: an unknown setting, torchao missing or too old, or no device that multiplies 8-bit floating point.
     """
     if setting not in get_args(LowPrecision):
-        raise KdlibError(f"Unknown low_precision {setting!r}. Expected one of {', '.join(get_args(LowPrecision))}.")
+        raise KdlibError(f"`low_precision` must be one of {', '.join(get_args(LowPrecision))}, got {setting!r}.")
     if setting == "none":
         return
     wanted = ".".join(map(str, LIBRARY))
     if (found := _torchao()) is None or tuple(map(int, found.split(".")[:2])) < LIBRARY:
         raise KdlibError(
-            f"low_precision={setting} needs torchao {wanted} or newer; found {found or 'none'}. Install it with "
+            f"torchao must be {wanted} or newer for low_precision={setting}, got {found or 'none'}. Install it with "
             f'`pip install "kdlib[low-precision]"` (`pip install "torchao>={wanted}"`), or choose low_precision=none.'
         )
     if setting == "optimizer_and_backward" and not has_eight_bit_products():
         raise KdlibError(
-            "low_precision=optimizer_and_backward needs an NVIDIA GPU that multiplies 8-bit floating point (compute capability "
-            f"{'.'.join(map(str, CAPABILITY))} or higher: Ada, Hopper or later); found {_device()}. Choose "
-            "low_precision=optimizer, which runs anywhere, or none."
+            "The device must be an NVIDIA GPU of compute capability "
+            f"{'.'.join(map(str, CAPABILITY))} or higher for low_precision=optimizer_and_backward, got {_device()}. Choose "
+            "low_precision=optimizer or none."
         )
 
 
@@ -108,8 +108,8 @@ def eight_bit_backward(model: PreTrainedModel, emulate: bool = False) -> Iterato
     replaced = {name: layer for name, layer in body.named_modules() if _is_served(layer)}
     if not replaced:
         raise KdlibError(
-            f"8-bit products serve nn.Linear layers whose sizes are multiples of {MULTIPLE}; {type(body).__name__} has none. "
-            "Choose another size, a llama or qwen3 architecture, or low_precision=optimizer."
+            f"An nn.Linear layer must have sizes that are multiples of {MULTIPLE}, got none in {type(body).__name__}. Choose another "
+            "size, llama or qwen3, or low_precision=optimizer."
         )
     from torchao.float8 import convert_to_float8_training
 

@@ -33,8 +33,8 @@ def head(model: PreTrainedModel | PeftModel) -> tuple[torch.Tensor, torch.Tensor
     plain = plain_model(model)
     if (scaled := _scales_logits(plain)) is not None:
         raise KdlibError(
-            f"{type(plain).__name__} changes its logits after the head ({scaled}); expected hidden states times a "
-            "matrix. Choose a model without it, such as a Llama, GPT-2 or Qwen."
+            f"Logits must be hidden states times a matrix, got {scaled} in {type(plain).__name__}. Choose a model such as Llama, GPT-2 or "
+            "Qwen."
         )
     layer = plain.get_output_embeddings()
     return layer.weight, layer.bias
@@ -78,7 +78,7 @@ def precision(setting: Literal["auto", "float32", "bfloat16"]) -> torch.dtype | 
     elsewhere it is slower than float32.
     """
     if setting not in ("auto", "float32", "bfloat16"):
-        raise KdlibError(f"Unknown precision {setting!r}. Expected auto, float32 or bfloat16.")
+        raise KdlibError(f"`precision` must be auto, float32 or bfloat16, got {setting!r}.")
     if setting == "auto":
         return torch.bfloat16 if _fast_bfloat16() else None
     return torch.bfloat16 if setting == "bfloat16" else None

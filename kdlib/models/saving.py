@@ -23,7 +23,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
     """
     folder = Path(folder)
     if folder.exists():
-        raise KdlibError(f"The folder {folder} exists already. Expected a new one: delete it or choose another name.")
+        raise KdlibError(f"`folder` must be new, got {folder}, which exists already. Delete it or choose another name.")
     readme = _readme(folder.name, card)
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))

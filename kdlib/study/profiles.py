@@ -111,8 +111,8 @@ class Study(BaseModel):
     def _paper_has_what_it_shows(self):
         if not {"ce", "kd"} <= set(self.objectives) or "probability" not in self.pools:
             raise ValueError(
-                "the paper compares students with and without a teacher, alone and pooled; expected objectives with ce and kd and "
-                f"pools with probability, found {self.objectives} and {self.pools}; add what is missing"
+                f"objectives must include ce and kd, and pools probability, for the paper's comparison, got {self.objectives} and "
+                f"{self.pools}; add what is missing"
             )
         return self
 
@@ -145,8 +145,8 @@ class Profile(BaseModel):
         dense = self.student.targets.get("source", self.targets.source) == "dense"
         if self.student.fresh_draws or dense:
             raise ValueError(
-                "students of a comparison must share one run of targets, got fresh_draws or targets of source dense; say so in a "
-                "grid (study: grids), not in a profile's sections"
+                "students of a comparison must share one run of targets, got fresh_draws or targets of source dense; set these in a "
+                "grid (study: grids)"
             )
         return self
 
@@ -193,8 +193,8 @@ def load(name: str) -> Profile:
         )
     if path.stem in available() and path.resolve() != (REPOSITORY / "profiles" / f"{path.stem}.yaml").resolve():
         raise KdlibError(
-            f"Results are kept by a profile's name, and those of {path} would lie among those of the project's own {path.stem!r}. "
-            f"Expected none of {', '.join(available())}: give the file another name, and the name in it."
+            f"A profile of your own must not be called {', '.join(available())}, since its name is its folder of results, got {path}. "
+            "Rename it."
         )
     return _loaded(name, path, path.stat().st_mtime_ns)
 

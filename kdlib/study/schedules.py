@@ -105,12 +105,12 @@ def stage_ends(stages: Sequence[Stage], steps: int) -> list[int]:
     shares = [stage.share for stage in stages]
     if not math.isclose(sum(shares), 1, abs_tol=1e-6):
         raise KdlibError(
-            f"The shares of the stages must add up to 1; found {shares}, which add up to {sum(shares):g}. Change one."
+            f"The shares of the stages must add up to 1, got {shares}, which add up to {sum(shares):g}. Change one."
         )
     ends = [round(steps * done) for done in accumulate(shares)]
     if any(end <= begin for begin, end in pairwise([0, *ends])):
         raise KdlibError(
-            f"Every stage needs at least one step; a run of {steps} steps cut by the shares {shares} ends its stages at "
-            f"{ends}. Train for more epochs, or with fewer or more even stages."
+            f"Every stage must have at least one step, got ends at {ends} for {steps} steps and shares {shares}. Train for more epochs, "
+            "or use fewer stages."
         )
     return ends

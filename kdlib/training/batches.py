@@ -34,7 +34,7 @@ class Collator:
     def __init__(self, split: corpus.Split, targets: TargetCache | None = None, weights: np.ndarray | None = None):
         if weights is not None and len(weights) != len(split.tokens):
             raise KdlibError(
-                f"Expected a weight at each of the {len(split.tokens)} positions of the split {split.name!r}; found "
+                f"`weights` must have one number for each of the {len(split.tokens)} positions of the split {split.name!r}, got "
                 f"{len(weights)}. Compute them on the same corpus."
             )
         self.split, self.targets, self.weights = split, targets, weights

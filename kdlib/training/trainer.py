@@ -73,8 +73,8 @@ class DistillationTrainer(Trainer):
     ):
         if int(processes := os.environ.get("WORLD_SIZE", "1")) > 1:
             raise KdlibError(
-                f"A run is trained by one process on one device; found WORLD_SIZE={processes}, as torchrun sets it. Start python "
-                "itself; kdlib make --all --share 0/2 and 1/2 make the runs of a profile side by side."
+                f"A run must be trained by one process, got WORLD_SIZE={processes}. Start python, not torchrun; kdlib make --all --share "
+                "0/2 and 1/2 make runs side by side."
             )
         low_precision.require(settings.low_precision)
         if not len(index):
@@ -256,8 +256,8 @@ class DistillationTrainer(Trainer):
     def _refuse(self, what: str, value: float, step: int) -> None:
         kept = newest_checkpoint(Path(self.args.output_dir))
         raise KdlibError(
-            f"The {what} became {value} at step {step} of {self.steps}. Training stopped; the last good checkpoint is {kept or 'none yet'}. "
-            "A lower learning_rate or a longer warmup usually helps; with precision=bfloat16, try float32."
+            f"The {what} became {value} at step {step} of {self.steps}; last good checkpoint: {kept or 'none yet'}. "
+            "Lower learning_rate, lengthen warmup, or set precision=float32."
         )
 
     def _hidden(self, body, inputs):
