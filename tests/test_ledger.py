@@ -104,6 +104,19 @@ def test_a_run_without_work_and_a_missing_input_are_named(ensemble):
         ledger.upstream(PROFILE, ensemble)
 
 
+def test_what_chose_text_may_be_missing_and_then_the_cost_is_unknown():
+    write("student-0", train=(50, 5.0))
+    scores = write("scores-0", {"scorer": "student-0"}, scoring=(8, 1.0))
+    run = write("student-1", {"scores": "scores-0"}, train=(60, 6.0))
+    pool = write("ensemble-0", {"member 1": "student-0", "member 2": "student-1"})
+    assert ledger.making(PROFILE, run) == ledger.making(PROFILE, pool) == 118
+    (scores.path / "metrics.json").unlink()
+    assert [one.id for one in ledger.upstream(PROFILE, run)] == ["student-1"]
+    assert np.isnan([ledger.making(PROFILE, one) for one in (run, pool)]).all(), "not what is left of it"
+    assert ledger.cost(PROFILE, run, teacher_training=True).isna().all(axis=None)
+    assert ledger.making(PROFILE, store.find(PROFILE, "student-0")) == 50
+
+
 def test_the_ledger_is_read_without_torch():
     code = "import sys, kdlib.analysis.ledger; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

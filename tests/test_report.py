@@ -16,6 +16,7 @@ import synthetic_results
 from kdlib.analysis import accounts, comparison, figures, grids, outputs, panels, report
 from kdlib.errors import KdlibError
 from kdlib.study import design, profiles, store
+from kdlib.study.kinds import kinds
 from kdlib.study.profiles import REPOSITORY
 
 GENERATED = re.compile(r"<!-- (\w+):begin -->.*?<!-- \1:end -->", re.DOTALL)
@@ -261,6 +262,79 @@ def test_an_ensemble_pays_for_its_members_and_once_for_their_targets(synthetic):
     assert flops["CE ensemble (logit pool)"] == 2 * flops["CE student"]
     assert flops["KD student"] == flops["CE student"] + targets
     assert flops["KD ensemble (logit pool)"] == 2 * flops["CE student"] + targets
+
+
+@pytest.mark.parametrize("formed", ["bagging", "chain"])
+def test_another_way_to_form_members_is_a_method_of_its_own(synthetic, formed):
+    models = comparison.models("smoke")
+    means = comparison.mean_losses(models).query("split == 'test'").set_index("method")
+    for method, way in ((f"{formed} (logit pool)", formed), ("KD ensemble (logit pool)", "independent")):
+        found = [one for one in store.entries("smoke") if (one["formed"], one["objective"], one["pool"]) == (way, "kd", "logit")]
+        metrics = [store.find("smoke", one["run"]).metrics["evaluation"]["test"]["nll"] for one in found]
+        assert means.runs[method] == len(found) == 1
+        np.testing.assert_allclose(means.nll[method], metrics[0], rtol=1e-12)
+    pairs = [(a, b) for a, b in comparison.rivals(models[models.kind == "ensemble"]) if a.startswith(formed)]
+    assert sorted(pairs) == sorted(
+        [(f"{formed} ({pool} pool)", f"KD ensemble ({pool} pool)") for pool in ("logit", "probability")]
+        + [(f"{formed} (probability pool)", f"{formed} (logit pool)")]
+    ), "against independent members of the same objective and pool, and neither CE nor another way"
+
+
+@pytest.mark.slow
+def test_every_method_of_the_profile_is_a_row_and_compared_with_independent_members(home):
+    results = home / "results" / "smoke"
+    written, told = pd.read_csv(results / "methods.csv"), pd.read_csv(results / "methods_differences.csv")
+    for formed in ("bagging", "chain"):
+        for pool in ("probability", "logit"):
+            method = f"{formed} ({pool} pool)"
+            assert set(written.runs[written.method == method]) == {1}
+            assert set(told.split[(told.a == method) & (told.b == f"KD ensemble ({pool} pool)")]) == {"test", "ood"}
+            assert (told.a[told.b == comparison.BEST] == method).sum() == 2
+
+
+def test_tables_take_methods_from_the_plan_and_nothing_from_names(synthetic):
+    def seen():
+        models = comparison.models("smoke")
+        found = comparison.mean_losses(models).drop(columns="method"), comparison.sizes(models).drop(columns="method")
+        cost = accounts.cost("smoke")
+        return models, (*found, cost[~cost.what.str.startswith("writing")].drop(columns="what"), accounts.setup("smoke"))
+
+    models, before = seen()
+    rivals = comparison.rivals(models[models.kind == "ensemble"])
+    plan = store.read_json(synthetic / "plan.json")
+    for number, run in enumerate(plan["runs"]):
+        run["label"] = f"KD ensemble {number}, logit pool"
+    store.write_json(synthetic / "plan.json", plan)
+    models, after = seen()
+    assert list(models.method) == [one["method"] for one in plan["entries"]]
+    assert comparison.rivals(models[models.kind == "ensemble"]) == rivals
+    called = {method: f"way {number}" for number, method in enumerate(models.method.unique())}
+    plan["entries"] = [one | {"method": called[one["method"]]} for one in plan["entries"]]
+    store.write_json(synthetic / "plan.json", plan)
+    models, renamed = seen()
+    assert comparison.rivals(models[models.kind == "ensemble"]) == [(called[a], called[b]) for a, b in rivals]
+    for one, two, three in zip(before, after, renamed, strict=True):
+        pd.testing.assert_frame_equal(one, two)
+        pd.testing.assert_frame_equal(one, three)
+
+
+def test_an_edit_of_a_label_makes_no_run_anew(synthetic, monkeypatch):
+    before = store.read_json(synthetic / "plan.json")
+    for kind in kinds().values():
+        monkeypatch.setattr(kind, "label", lambda values: "called anew")
+    caches = (design.comparison, design.study, design.cells)
+    for cached in caches:
+        cached.cache_clear()
+    try:
+        design.write("smoke", store.grids("smoke"))
+    finally:
+        monkeypatch.undo()
+        for cached in caches:
+            cached.cache_clear()
+    after = store.read_json(synthetic / "plan.json")
+    assert "called anew" in {run["label"] for run in after["runs"]}
+    assert [run["id"] for run in after["runs"]] == [run["id"] for run in before["runs"]]
+    assert after["entries"] == before["entries"]
 
 
 def test_the_run_table_has_a_row_for_every_run_and_split(synthetic):

@@ -14,12 +14,13 @@ import pytest
 import synthetic_results
 import yaml
 
-from kdlib.analysis import comparison, grids, outputs, paper, report, statistics, studies, variance
+from kdlib.analysis import accounts, comparison, grids, outputs, paper, report, statistics, studies, variance
 from kdlib.errors import KdlibError
 from kdlib.study import store
 from kdlib.study.profiles import REPOSITORY
 
 LINEAR = {"shape": "linear", "start": 0.0, "end": 1.0}
+EASY = {"selected": {"by": {"student": {"objective": "ce", "seed": 1}}, "measure": "nll", "mode": "lowest", "share": 0.5}}
 GRIDS = {
     "targets": {"seeds": [1, 2], "students": {"all": {"targets": {"kind": "dense"}}, "8 draws, ρ = 0.5": {"targets": {"draws": 8, "proposal": 0.5}}}},
     "weights": {
@@ -45,7 +46,7 @@ GRIDS = {
     "data": {
         "seeds": [1, 2],
         "base": {"objective": "online_kd", "batch_size": 8},
-        "students": {"real text": {}, "random tokens": {"text": "uniform"}, "50 % & more": {"text": "generated"}},
+        "students": {"real text": {}, "random tokens": {"text": "uniform"}, "50 % & more": {"text": "generated"}, "easy": {"text": EASY}},
     },
     "my_depths": {"seeds": [1, 2], "base": {"batch_size": 4}, "students": {"one layer": {}}, "vary": {"layers": [2, 3]}},
 }  # fmt: skip
@@ -66,20 +67,26 @@ def profile(tmp_path_factory) -> str:
     """A variant of the smoke profile that has every grid."""
     values = yaml.safe_load((REPOSITORY / "profiles" / "smoke.yaml").read_text())
     path = tmp_path_factory.mktemp("profile") / "grids.yaml"
-    study = {**values["study"], "grids": GRIDS}
+    study = {**values["study"], "grids": GRIDS, "methods": {"on easy text": {"method": "independent", "student": {"text": EASY}}}}
     path.write_text(yaml.safe_dump({**values, "name": "grids", "study": study}, sort_keys=False))
     return str(path)
 
 
 @pytest.fixture(scope="module")
 def invented(profile, tmp_path_factory):
-    """A results home with invented runs for the comparison and every grid, where validation and test text disagree."""
+    """A results home with invented runs for the comparison and every grid, where validation and test text disagree.
+
+    Scores lie aside: they only chose text, and no table or figure may need them.
+    """
     folder = tmp_path_factory.mktemp("grids")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KDLIB_HOME", str(folder))
         synthetic_results.write(profile, grids=GRIDS)
         for run in store.cells(profile, "weights")[BEST_ON_VALIDATION]:
             metrics(run, validation=1.0, test=9.0)
+        (folder / "aside").mkdir()
+        for run in (store.results(profile) / "runs").glob("scores-*"):
+            run.rename(folder / "aside" / run.name)
     return folder
 
 
@@ -310,6 +317,26 @@ def test_a_missing_student_is_named(profile, fresh):
     shutil.rmtree(studies.students(profile, "data").run[0].path)
     with pytest.raises(KdlibError, match="data: real text, seed 1"):
         studies.students(profile, "data")
+
+
+def test_scores_that_are_missing_stop_no_table_and_leave_costs_unknown(profile, invented, fresh):
+    scores = [shutil.copytree(run, fresh / "runs" / run.name) for run in (invented / "aside").iterdir()]
+    tables = [studies.means(studies.students(profile, "data")), comparison.mean_losses(comparison.models(profile))]
+    flops = comparison.models(profile).flops
+    costs = accounts.cost(profile).set_index("what")
+    assert scores and flops[comparison.models(profile).role != "teacher"].notna().all()
+    for run in scores:
+        shutil.rmtree(run)
+    again = [studies.means(studies.students(profile, "data")), comparison.mean_losses(comparison.models(profile))]
+    for before, after in zip(tables, again, strict=True):
+        pd.testing.assert_frame_equal(before, after)
+    models, left = comparison.models(profile), accounts.cost(profile).set_index("what")
+    chosen = models.method.str.startswith("on easy text")
+    assert chosen.any() and models.flops[chosen].isna().all()
+    pd.testing.assert_series_equal(models.flops[~chosen], flops[~chosen])
+    unknown = left.index.str.startswith("on easy text")
+    assert left.total_flops[unknown].isna().all() and left.nll[unknown].notna().all()
+    pd.testing.assert_frame_equal(left[~unknown], costs[~unknown])
 
 
 # Notebooks and paper

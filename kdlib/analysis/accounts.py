@@ -153,8 +153,8 @@ def _upstream(profile: str, runs: list[store.Run]) -> dict:
         with_teacher, without = (ledger.cost(profile, run, training) for training in (True, False))
         counted = with_teacher if run.kind == "teacher" else without
         row = {f"{name}_{column}": counted[column][name] for column in counted for name in counted.index}
-        left_out = (with_teacher - counted).flops.sum()
-        rows.append(row | {"teacher_training_flops": left_out, "total_flops": counted.flops[list(ledger.MAKING)].sum()})
+        left_out = (with_teacher - counted).flops.sum(skipna=False)
+        rows.append(row | {"teacher_training_flops": left_out, "total_flops": counted.flops[list(ledger.MAKING)].sum(skipna=False)})
     return pd.DataFrame(rows).mean().to_dict()
 
 

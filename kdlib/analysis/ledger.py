@@ -33,8 +33,10 @@ def work(run: store.Run) -> Work:
 def upstream(profile: str, run: store.Run) -> list[store.Run]:
     """``run`` and all that it was made from, directly or not, each once: inputs before what reads them, ``run`` last.
 
+    Scores may be missing (they only chose text) and are left out, with what they alone read.
+
     Raises:
-        KdlibError: one of them is missing from the profile's results.
+        KdlibError: another one is missing from the profile's results.
     """
     found: dict[str, store.Run] = {}
     # Depth first without recursion: a chain of students may be long.
@@ -57,32 +59,40 @@ def cost(profile: str, run: store.Run, teacher_training: bool) -> pd.DataFrame:
             and its training always counts. What a model cost before it came here is in nobody's ledger.
 
     Returns:
-        Seconds are NaN for a category in which a run's were not kept.
+        Seconds are NaN for a category in which a run's were not kept; everything is where scores are missing upstream.
     """
+    runs = upstream(profile, run)
+    whole = {one for each in runs for one in _named(each)} <= {one.id for one in runs}
     parts = [
         {name: entry for name, entry in work(one).items() if teacher_training or (one.kind, name) != ("teacher", "train")}
-        for one in upstream(profile, run)
+        for one in runs
     ]
-    return pd.DataFrame(total(*parts)).T.astype(float).rename_axis("category")
+    found = pd.DataFrame(total(*parts)).T.astype(float).rename_axis("category")
+    return found if whole else found * float("nan")
 
 
 def making(profile: str, run: store.Run) -> float:
     """FLOPs that making ``run`` took, all that lies upstream included but the training of teachers and all evaluation.
 
-    Of a teacher it is its own training; NaN for one that was not trained here.
+    Of a teacher it is its own training; NaN for one that was not trained here. NaN where scores are missing upstream.
     """
     if run.kind == "teacher":
         return float("nan") if run.metrics["training"] is None else float(work(run)["train"]["flops"])
-    return float(cost(profile, run, teacher_training=False).flops[list(MAKING)].sum())
+    return float(cost(profile, run, teacher_training=False).flops[list(MAKING)].sum(skipna=False))
+
+
+def _named(run: store.Run) -> dict[str, str]:
+    """What a run read: id -> the name of the input."""
+    inputs = run.settings["inputs"].items()
+    return {one: name for name, value in inputs for one in ([value] if isinstance(value, str) else value)}
 
 
 def _inputs(profile: str, run: store.Run) -> Iterator[store.Run]:
-    for name, value in run.settings["inputs"].items():
-        for one in [value] if isinstance(value, str) else value:
-            found = store.find(profile, one)
-            if found is None:
-                raise KdlibError(
-                    f"{run.id} must find its input {name} among the results of {profile!r}, got no run {one}. Finish them with: "
-                    f"make paper PROFILE={profile}"
-                )
+    for one, name in _named(run).items():
+        if found := store.find(profile, one):
             yield found
+        elif not one.startswith("scores-"):
+            raise KdlibError(
+                f"{run.id} must find its input {name} among the results of {profile!r}, got no run {one}. Finish them with: "
+                f"make paper PROFILE={profile}"
+            )
