@@ -358,6 +358,13 @@ def test_set_up_and_cost_come_from_the_runs(synthetic):
     cost = accounts.cost("smoke").set_index("what")
     assert cost.tokens["CE ensemble (logit pool)"] == 2 * cost.tokens["CE student"]
     assert cost.bytes_per_token["writing targets"] == 36
+    assert cost.runs["writing targets"] == cost.runs["writing targets by a student"] == 1, "a chain of two has one link"
+
+
+def written_by_the_teacher():
+    """The targets of the smoke profile that its teacher writes; the first link of its chain writes others."""
+    (found,) = (run for run in accounts._of_kind("smoke", "targets") if run.settings["inputs"]["teacher"].startswith("teacher-"))
+    return found
 
 
 def test_the_cost_of_a_method_is_that_of_all_upstream_each_once(synthetic):
