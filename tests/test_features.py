@@ -534,9 +534,9 @@ def no_forward(*_arguments, **_options):
     ("options", "message"),
     [
         ({"objective": "hidden_l1"}, "objective"),
-        ({"objective": "relation", "relations": ()}, "Relations"),
-        ({"objective": "relation", "relations": ("query", "output")}, "Relations"),
-        ({"objective": "relation", "relation_heads": 0}, "relation_heads must divide"),
+        ({"objective": "relation", "relations": ()}, "`relations` must be"),
+        ({"objective": "relation", "relations": ("query", "output")}, "`relations` must be"),
+        ({"objective": "relation", "relation_heads": 0}, "`relation_heads` must divide"),
         ({"objective": "relation", "relation_heads": 5}, "width of the query vectors .*16 .* 36 .*got 5"),
         ({"objective": "hidden_mse", "layers": "all"}, "5 teacher and 2 student layers"),
         ({"objective": "hidden_mse", "layers": "last_k", "last_k": 3}, "got 3"),

@@ -302,12 +302,12 @@ def test_hardware_with_eight_bit_products_is_accepted(monkeypatch, capability, v
 
 @pytest.mark.parametrize(
     "changes",
-    [{"architecture": "gpt2"}, {"objective": "online_kd", "features": {"on": "relation"}}],
+    [{"architecture": "gpt2"}, {"objective": "online_kd", "features": {"of": "relation"}}],
     ids=["gpt2", "relation"],
 )
 def test_students_whose_layers_cannot_be_replaced_are_refused_by_name(changes):
     profiles.parameters("04_student", "smoke", low_precision="optimizer", **changes)
-    with pytest.raises(KdlibError, match="must be optimizer or none with gpt2.*and with features on relation"):
+    with pytest.raises(KdlibError, match="must be optimizer or none with gpt2.*and with features of relation"):
         profiles.parameters("04_student", "smoke", low_precision="optimizer_and_backward", **changes)
 
 

@@ -155,6 +155,7 @@ def test_a_profiles_methods_are_formed_for_its_comparison():
     entries = design.comparison("smoke")
     for name, asked in options.items():
         found = [one for one in entries if one.method.startswith(name)]
-        members = plan.Planner("smoke").members(asked.get("method", name), found[0].step.parameters.seeds, share=asked["share"])
+        chosen = {option: value for option, value in asked.items() if option != "method"}
+        members = plan.Planner("smoke").members(asked.get("method", name), found[0].step.parameters.seeds, **chosen)
         assert [one.id for one in found[0].members] == [one.id for one in members]
         assert {one.pool for one in found} == set(profiles.load("smoke").study.pools)

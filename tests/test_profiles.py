@@ -102,7 +102,7 @@ def test_a_profile_may_name_any_one_teacher(tmp_path):
 def test_students_that_do_not_share_their_targets_belong_in_a_grid(tmp_path, section, change):
     values = smoke()
     values[section] |= change
-    told = "students of a comparison must share one run of targets, got fresh_draws or targets of source dense; say so in a grid"
+    told = "students of a comparison must share one run of targets, got fresh_draws or targets of source dense; set these in a grid"
     with pytest.raises(KdlibError, match=told):
         profiles.load(saved(tmp_path, values))
     values = smoke()

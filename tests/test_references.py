@@ -249,7 +249,7 @@ def test_what_an_ensemble_cannot_give_is_refused_in_the_plan():
     planner, pool = plan.Planner("smoke"), [CE, OTHER]
     with pytest.raises(KdlibError, match="kind of an ensemble's targets must not be dense"):
         planner.student(teacher=pool, targets={"kind": "dense"})
-    for changes in ({"features": {"on": "hidden_mse"}}, {"initialisation": "identical"}):
+    for changes in ({"features": {"of": "hidden_mse"}}, {"initialisation": "identical"}):
         with pytest.raises(KdlibError, match="teacher must be one model for features and initialisation, got ensemble of 2"):
             planner.student(objective="online_kd", teacher=pool, **changes)
     with pytest.raises(KdlibError, match="members: .*at least 1 item"):
