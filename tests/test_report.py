@@ -358,7 +358,7 @@ def test_set_up_and_cost_come_from_the_runs(synthetic):
     cost = accounts.cost("smoke").set_index("what")
     assert cost.tokens["CE ensemble (logit pool)"] == 2 * cost.tokens["CE student"]
     assert cost.bytes_per_token["writing targets"] == 36
-    assert cost.runs["writing targets"] == cost.runs["writing targets by a student"] == 1, "a chain of two has one link"
+    assert cost.runs["writing targets"] == cost.runs["writing targets of students"] == 1, "a chain of two has one link"
 
 
 def written_by_the_teacher():
