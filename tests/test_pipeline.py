@@ -82,7 +82,7 @@ def study(tmp_path_factory):
     first.communicate()
     time.sleep(2)  # the kernel notices within a second that its runner is gone
     done = {path: path.stat().st_mtime_ns for path in (results / "runs").glob("*/metrics.json")}
-    cut = {path.name for path in (results / "work").iterdir()}
+    cut = {path.name for path in (results / "work").iterdir() if path.is_dir()}
     planned = design.study("smoke", GRIDS)
     first_of = {step.kind: step.id for step in reversed(planned)}
     named = {*cut, first_of["teacher"], first_of["targets"]} - {path.parent.name for path in done}
