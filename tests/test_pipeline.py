@@ -30,10 +30,13 @@ def snakemake(home: Path, *arguments: str, profile: str = "smoke", **options) ->
     """Snakemake as ``make paper`` calls it, with results and notebooks under ``home``."""
     # Settings come first: what follows --config is one, up to the next option.
     command = [sys.executable, "-m", "snakemake", "--config", f"profile={profile}", *arguments]
-    # Threads that wait sleep: they would take the cores from whatever else runs on the machine that tests.
-    environment = {**os.environ, "KDLIB_HOME": str(home)}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, **streams, **options)
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment(home), **streams, **options)
+
+
+def environment(home: Path) -> dict[str, str]:
+    """That of a command which writes to ``home``, with the threads that Snakemake gives its jobs: fewer would round otherwise."""
+    return {**os.environ, "KDLIB_HOME": str(home), "OMP_NUM_THREADS": str(os.cpu_count())}
 
 
 def finished(process: subprocess.Popen) -> str:
@@ -91,7 +94,7 @@ def study(tmp_path_factory):
     left = set({step.kind: step.id for step in planned if step.kind in ("student", "ensemble", "fidelity")}.values())
     others = [step.id for step in planned if step.id not in left]
     command = [sys.executable, "-m", "kdlib", "make", *others, "--profile", "smoke"]
-    subprocess.run(command, cwd=REPOSITORY, env={**os.environ, "KDLIB_HOME": str(home)}, check=True, capture_output=True)
+    subprocess.run(command, cwd=REPOSITORY, env=environment(home), check=True, capture_output=True)
     assert left - set(os.listdir(results / "runs")) - cut, "nothing is left to the pipeline"
     finished(snakemake(home))
     return home, done, cut
@@ -123,7 +126,7 @@ def test_a_run_that_was_killed_ends_with_the_numbers_of_one_that_was_not(study, 
         shutil.copytree(needed.run().path, upstream / needed.id)
     monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
     made = [sys.executable, "-m", "kdlib", "make", step.id, "--notebooks", "--profile", "smoke"]
-    subprocess.run(made, cwd=REPOSITORY, check=True, capture_output=True)
+    subprocess.run(made, cwd=REPOSITORY, env=environment(tmp_path), check=True, capture_output=True)
     assert (tmp_path / "results" / "smoke" / "executed" / f"04_student-{step.id.partition('-')[2]}.ipynb").is_file()
     assert what_was_learned(step.run().metrics) == what_was_learned(resumed)
     monkeypatch.undo()
