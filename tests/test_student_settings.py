@@ -204,13 +204,13 @@ def test_students_read_the_text_they_are_given(profile):
 
 
 def test_text_may_be_written_by_any_run(profile):
-    options = {"objective": "ce", "epochs": 4, "batch_size": 4}
+    options = {"objective": "ce", "epochs": 8, "batch_size": 4}
     bad = make(profile, text={"generated": {"by": {"student": {"objective": "ce", "epochs": 0}}}}, **options)
     good = make(profile, text={"generated": {"by": PLAIN, "temperature": 0.5}}, **options)
     assert good.settings["inputs"]["writer"] == make(profile, **PLAIN["student"]).id
     nll = [run.metrics["evaluation"]["test"]["nll"] for run in (good, bad)]
     # What an untrained model writes is near to random tokens.
-    assert nll[0] < nll[1]
+    assert nll[0] < nll[1] - 0.1
 
 
 def test_random_text_can_be_distilled_on_with_the_teacher_in_the_loop(profile):

@@ -14,7 +14,7 @@ from kdlib.errors import KdlibError
 
 
 def utf8_name(path: Path) -> str:
-    # File names are UTF-8 here, whatever the locale reads in them: splits are chosen by them.
+    """The name of a file as UTF-8, whatever the locale reads in it: splits are chosen by names."""
     return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
 
 
@@ -106,6 +106,11 @@ def _archive_members(archive: zipfile.ZipFile, patterns: Sequence[str]) -> list[
 
 
 def folder_members(folder: Path, patterns: Sequence[str]) -> list[str]:
+    """Names of the files in a folder that match a pattern, sorted.
+
+    Raises:
+        KdlibError: none matches, or one is a link that is not the hub client's own.
+    """
     files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
     found = _matching(files, patterns, folder)
     for name in found:

@@ -30,4 +30,4 @@ def _is_whole(checkpoint: Path) -> bool:
 
 def last_step(checkpoint: Path | None) -> int:
     """The step that a checkpoint was saved after; 0 without one."""
-    return 0 if checkpoint is None else json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+    return 0 if checkpoint is None else json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]

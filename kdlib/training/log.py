@@ -57,7 +57,7 @@ class StepLog:
             return
         self.tokens, self._seconds = int(rows[-1]["tokens"]), float(rows[-1]["seconds"])
         temporary = self.path.with_name(f".{self.path.name}.partial")
-        with open(temporary, "w", newline="") as file:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, LOG_COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
@@ -68,7 +68,7 @@ class StepLog:
         fresh = not self.path.is_file()
         shared = {"step": step, "epoch": epoch, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
         values = values | {"peak_memory_bytes": peak_memory_bytes()}
-        with open(self.path, "a", newline="") as file:
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, LOG_COLUMNS, restval="")
             if fresh:
                 writer.writeheader()
@@ -81,7 +81,7 @@ def read_log(path: Path) -> list[dict[str, str]]:
     """Whole rows of a per-step log; a last line cut short by a kill is left out."""
     if not path.is_file():
         return []
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         return [row for row in csv.DictReader(file) if None not in row.values()]
 
 
