@@ -145,7 +145,7 @@ def a_kind(folder: Path) -> None:
 
 def own_text(folder: Path) -> str:
     """A profile whose corpus is a folder of invented sentences, with a tokenizer trained on them."""
-    words = [f"{a}{b}" for a in ("ka", "lo", "mi", "tu") for b in ("ren", "sol", "dan", "vik", "pel")]
+    words = [f"{a}{b}" for a in ("ka", "lo", "mi", "tu", "fez", "gor") for b in ("ren", "sol", "dan", "vik", "pel", "hub", "joq", "wax")]
     for domain, step in (("near", 7), ("far", 3)):
         (folder / "text" / domain).mkdir(parents=True)
         for number in range(160):
