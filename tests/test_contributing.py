@@ -59,6 +59,8 @@ def follow(title: str, folder: Path) -> Path:
         if name and not name.startswith(HEAVY) and (REPOSITORY / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(REPOSITORY / name, folder / name)
+    # As in an export: runs say which commit made them.
+    (folder / ".git_archival.txt").write_text(f"commit: {'0' * 40}\n", encoding="utf-8")
     for language, name, body in EXAMPLES[title]:
         path = folder / name
         if language == "diff":
