@@ -31,6 +31,7 @@ from kdlib.data.corpus import Split, pack, predicting_positions, rows
 from kdlib.ensemble.model import EnsembleForCausalLM
 from kdlib.ensemble.pooling import POOLS, label_ambiguity, log_probs, logit_ambiguity
 from kdlib.errors import KdlibError
+from kdlib.evaluation import TEMPERATURES, at_bound
 from kdlib.losses.logits import head_logits
 from kdlib.models import attention_mask, body, extent, head, operations
 from kdlib.study.progress import bar
@@ -39,7 +40,6 @@ from kdlib.study.work import Entry, entry
 BINS = 15
 FIELDS = ("counts", "confidence_sums", "hits")  # of a reliability histogram
 CHUNK = 2**23  # log-probabilities held at once, all members together: 32 MiB of float32
-TEMPERATURES = (0.05, 20.0)  # range searched
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ def evaluate(
                 chunks = _chunks(members, split, index, batch_size, autocast, pool)
                 if temperature is None:
                     temperature = fit_temperature(lambda chunks=chunks: ((pooled, y) for _, pooled, y in chunks))
+                    _tell_of_bound(temperature)
                 found[name] = _measure(name, chunks, temperature)
                 del chunks
     finally:
@@ -217,6 +218,12 @@ def fit_temperature(chunks: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> fl
         if abs(proposal - beta) <= 1e-5 * beta:
             return 1 / proposal
         beta = proposal
+
+
+def _tell_of_bound(temperature: float) -> None:
+    if at_bound(temperature):
+        low, high = TEMPERATURES
+        print(f"The fitted temperature is at a bound of its range ({low:g} to {high:g}), got {temperature:.4g}: none calibrates this model.")
 
 
 def _measure(name: str, chunks: _Chunks, temperature: float) -> dict[str, Any]:
