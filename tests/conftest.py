@@ -15,6 +15,15 @@ from kdlib.data import sources
 from kdlib.study import notebooks, profiles
 
 
+# Modules that take minutes, longest first; see below.
+LONG = ("test_pipeline", "test_every_notebook", "test_contributing", "test_cache", "test_training", "test_corpus", "test_command")
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the longest modules: a worker that began one of them last would be waited for."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Models this small only lose time by sharing their work among threads."""
