@@ -14,7 +14,6 @@ from kdlib.analysis import outputs
 from kdlib.data import sources
 from kdlib.study import notebooks, profiles
 
-
 # Modules that take minutes, longest first; see below.
 LONG = ("test_pipeline", "test_every_notebook", "test_contributing", "test_cache", "test_training", "test_corpus", "test_command")
 
