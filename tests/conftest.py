@@ -1,19 +1,26 @@
 """What several test modules share."""
 
+import fcntl
 import gc
-import os
-from concurrent.futures import ThreadPoolExecutor
+import shutil
 from pathlib import Path
 
 import nbformat
+import opened
 import pytest
 import synthetic_results
-from nbclient import NotebookClient
 
 from kdlib.analysis import outputs
 from kdlib.data import sources
-from kdlib.study import profiles
-from kdlib.study.profiles import REPOSITORY
+from kdlib.study import notebooks, profiles
+
+# Modules that take minutes, longest first; see below.
+LONG = ("test_pipeline", "test_every_notebook", "test_contributing", "test_cache", "test_training", "test_corpus", "test_command")
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the longest modules: a worker that began one of them last would be waited for."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture(scope="module")
@@ -50,26 +57,49 @@ def profile(_tiny):
 
 
 @pytest.fixture(scope="session")
-def analysed(tmp_path_factory) -> Path:
-    """A results home in which every analysis notebook has read the synthetic results of the smoke profile, once for each grid."""
-    home = tmp_path_factory.mktemp("home")
+def executed(request, tmp_path_factory) -> Path:
+    """A folder that all workers share: a clean copy of the notebooks, in which every analysis has read, once for each grid,
+    the synthetic results of the smoke profile in ``home``, and these notebooks as they were ``executed``."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if hasattr(request.config, "workerinput") else base) / "analysed"
+    # The first worker makes it while the others wait.
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "executed").is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
+            found = _analyse(opened.clean_copy(folder), folder / "home")
+            (folder / "executed").mkdir()
+            for name, notebook in found.items():
+                nbformat.write(notebook, folder / "executed" / f"{name}.ipynb")
+    return folder
+
+
+def _analyse(copied: Path, home: Path) -> dict[str, nbformat.NotebookNode]:
+    """What every analysis shows, by its name."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KDLIB_HOME", str(home))
         grids = tuple(profiles.load("smoke").study.grids)
         synthetic_results.write("smoke", grids=grids)
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(_execute, outputs.analyses(grids).values()))
-    return home
+    with opened.kernel(copied, home) as execute:
+        return {name: _execute(execute, copied, analysis) for name, analysis in outputs.analyses(grids).items()}
 
 
-def _execute(analysis: outputs.Analysis) -> None:
-    notebook = nbformat.read(REPOSITORY / "notebooks" / f"{analysis.notebook}.ipynb", as_version=4)
-    if analysis.notebook == outputs.GRID_NOTEBOOK:
+def _execute(execute, copied: Path, analysis: outputs.Analysis) -> nbformat.NotebookNode:
+    path = copied / f"{analysis.notebook}.ipynb"
+    notebook = opened.read(path)
+    if analysis.grid != notebooks.declared(path).get("grid", analysis.grid):
         place = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
         notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(f"grid = {analysis.grid!r}"))  # as papermill does
     check = 'import sys\nassert not {"torch", "transformers"} & set(sys.modules)'
     notebook.cells.append(nbformat.v4.new_code_cell(check))
-    NotebookClient(notebook, timeout=120, kernel_name="python3").execute(env=dict(os.environ))
+    execute(notebook).cells.pop()
+    return notebook
+
+
+@pytest.fixture(scope="session")
+def analysed(executed) -> Path:
+    """A results home in which every analysis notebook has read the synthetic results of the smoke profile."""
+    return executed / "home"
 
 
 @pytest.fixture

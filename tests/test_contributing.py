@@ -4,9 +4,10 @@ import os
 import re
 import shutil
 import subprocess
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import forked
 import nbformat
 import pytest
 import yaml
@@ -73,14 +74,39 @@ def follow(title: str, folder: Path) -> Path:
     return folder
 
 
-def python(folder: Path, *arguments: str, status: int = 0) -> str:
-    """What Python prints in the copy, which alone it imports from."""
-    home = {"PYTHONPATH": str(folder), "KDLIB_HOME": str(folder), "OMP_NUM_THREADS": "1"}
-    offline = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "KDLIB_BATCH": "1"}
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, cwd=folder, env=os.environ | home | offline, capture_output=True, encoding="utf-8")
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout + done.stderr
+# What the examples' commands import from elsewhere: executed once, for most of their time would go into it. None of kdlib,
+# which each command imports from its own copy.
+HEAVY_IMPORTS = """
+import datasets, matplotlib.pyplot, nbclient, pandas, papermill, peft, pyarrow.parquet, pytest, scipy.stats, torch
+import transformers.models.llama.modeling_llama
+import sys
+assert "kdlib" not in sys.modules
+"""
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "KDLIB_BATCH": "1"}
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    with forked.server(HEAVY_IMPORTS, ENVIRONMENT) as server:
+        yield server
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A copy of the project, and the interpreter that runs commands in it."""
+
+    folder: Path
+    interpreter: forked.Server
+
+    def python(self, *arguments: str, status: int = 0) -> str:
+        """What Python prints in the copy, which alone it imports from."""
+        environment = ENVIRONMENT | {"PYTHONPATH": str(self.folder), "KDLIB_HOME": str(self.folder)}
+        returned, printed = self.interpreter.run(*arguments, cwd=self.folder, env=environment)
+        assert returned == status, printed
+        return printed
+
+    def kdlib(self, *arguments: str, status: int = 0) -> str:
+        return self.python("-m", "kdlib", *arguments, status=status)
 
 
 def shown_test(title: str) -> str:
@@ -89,21 +115,16 @@ def shown_test(title: str) -> str:
     return found
 
 
-def kdlib(folder: Path, *arguments: str, status: int = 0) -> str:
-    return python(folder, "-m", "kdlib", *arguments, status=status)
-
-
-def a_method(folder: Path) -> None:
-    assert "depths 1, probability pool" in kdlib(folder, "list", "--runs", "--profile", "smoke")
+def a_method(copy: Copy) -> None:
+    assert "depths 1, probability pool" in copy.kdlib("list", "--runs", "--profile", "smoke")
     options = ("run", "notebooks/05_ensemble.ipynb", "--set", "method=depths", "--set")
-    assert "Options of method depths" in kdlib(folder, *options, "options={layer: [1]}", status=2)
-    readme, (own,) = (folder / "README.md").read_text(encoding="utf-8"), (folder / "kdlib/methods").glob("depths.py")
+    assert "Options of method depths" in copy.kdlib(*options, "options={layer: [1]}", status=2)
+    readme, (own,) = (copy.folder / "README.md").read_text(encoding="utf-8"), (copy.folder / "kdlib/methods").glob("depths.py")
     assert "| `depths` |" in readme and len(own.read_text(encoding="utf-8").splitlines()) <= 60
 
 
-def a_divergence(folder: Path) -> None:
-    python(
-        folder,
+def a_divergence(copy: Copy) -> None:
+    copy.python(
         "-c",
         """
 import torch
@@ -128,20 +149,20 @@ for _ in range(2):
 assert 0 < losses[1] < losses[0], losses
 """,
     )
-    told = kdlib(folder, "run", "04_student", "--set", "divergence=hellinger", status=2)
+    told = copy.kdlib("run", "04_student", "--set", "divergence=hellinger", status=2)
     assert "Targets of divergence hellinger must be of kind topk or dense, got sampled" in told
 
 
-def a_text(folder: Path) -> None:
-    told = kdlib(folder, "run", "04_student", "--set", "text={short: {token: 3}}", status=2)
+def a_text(copy: Copy) -> None:
+    told = copy.kdlib("run", "04_student", "--set", "text={short: {token: 3}}", status=2)
     assert "text short" in told and "token" in told
 
 
-def a_kind(folder: Path) -> None:
-    told = kdlib(folder, "list", "08_novelty", "--profile", "smoke")
+def a_kind(copy: Copy) -> None:
+    told = copy.kdlib("list", "08_novelty", "--profile", "smoke")
     assert "n = 4" in told and "looked for together" in told
-    kdlib(folder, "run", "notebooks/08_novelty.ipynb", "--profile", own_text(folder), "--set", "n=2")
-    (metrics,) = (folder / "results/mine/runs").glob("novelty-*/metrics.json")
+    copy.kdlib("run", "notebooks/08_novelty.ipynb", "--profile", own_text(copy.folder), "--set", "n=2")
+    (metrics,) = (copy.folder / "results/mine/runs").glob("novelty-*/metrics.json")
     assert 0 < yaml.safe_load(metrics.read_text(encoding="utf-8"))["novel"] < 1
 
 
@@ -162,12 +183,12 @@ def own_text(folder: Path) -> str:
     return "mine"
 
 
-def an_analysis(folder: Path) -> None:
+def an_analysis(copy: Copy) -> None:
     code = "import synthetic_results; synthetic_results.write('smoke')"
-    python(folder, "-c", f"import sys; sys.path.insert(0, 'tests'); {code}")
-    kdlib(folder, "run", "notebooks/18_domains.ipynb", "--profile", "smoke")
-    assert (folder / "results/smoke/domains.csv").is_file() and (folder / "figures/smoke/domains.pdf").is_file()
-    assert "18_domains" in kdlib(folder, "paper", "--analyses", "--profile", "smoke")
+    copy.python("-c", f"import sys; sys.path.insert(0, 'tests'); {code}")
+    copy.kdlib("run", "notebooks/18_domains.ipynb", "--profile", "smoke")
+    assert (copy.folder / "results/smoke/domains.csv").is_file() and (copy.folder / "figures/smoke/domains.pdf").is_file()
+    assert "18_domains" in copy.kdlib("paper", "--analyses", "--profile", "smoke")
 
 
 PROMISES = {
@@ -184,10 +205,11 @@ def test_there_is_a_promise_for_every_example():
 
 
 @pytest.mark.parametrize("title", EXAMPLES)
-def test_an_example_does_what_it_promises_and_its_own_test_passes(title, tmp_path):
-    folder = follow(title, tmp_path / "copy")
-    PROMISES[title](folder)
-    python(folder, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", shown_test(title))
+def test_an_example_does_what_it_promises_and_its_own_test_passes(title, tmp_path, interpreter):
+    copy = Copy(follow(title, tmp_path / "copy"), interpreter)
+    PROMISES[title](copy)
+    told = copy.python("-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-rA", shown_test(title))
+    assert "passed" in told and str(copy.folder) in copy.python("-c", "import kdlib; print(kdlib.__file__)")
 
 
 @pytest.mark.parametrize("title", EXAMPLES)

@@ -3,72 +3,59 @@
 What makes runs shares one home, so that each run is made once; what reads a finished study finds an invented one.
 """
 
-import os
-import subprocess
 from pathlib import Path
 
 import nbformat
+import opened
 import pytest
-import synthetic_results
-from nbclient import NotebookClient
+from opened import SHIPPED, analysis
 
-from kdlib.study import profiles
-from kdlib.study.parameters import AnalysisParameters
 from kdlib.study.profiles import REPOSITORY
 
 TOUR = "00_tour"
-
-
-def analysis(name: str) -> bool:
-    """Whether a notebook only reads results. One that is not known yet has to stand by itself."""
-    known = profiles.notebooks()
-    return name in known and issubclass(known[name][0], AnalysisParameters)
-
-
 # In the order in which they need each other; the tour reads what others make.
-SHIPPED = sorted((path.stem for path in (REPOSITORY / "notebooks").glob("*.ipynb")), key=lambda one: (one == TOUR, one))
-executed: dict[str, nbformat.NotebookNode] = {}
+PRODUCERS = sorted((name for name in SHIPPED if not analysis(name)), key=lambda one: (one == TOUR, one))
+seen: dict[str, nbformat.NotebookNode] = {}
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory) -> Path:
-    """The notebooks as git has them, and nothing else."""
-    folder = tmp_path_factory.mktemp("copy")
-    listed = subprocess.run(["git", "-C", str(REPOSITORY), "ls-files", "notebooks"], capture_output=True, text=True)
-    names = listed.stdout.split("\n") if listed.returncode == 0 else [f"notebooks/{name}.ipynb" for name in SHIPPED]
-    (folder / "notebooks").mkdir()
-    for name in filter(None, names):
-        (folder / name).write_bytes((REPOSITORY / name).read_bytes())
-    return folder
+    return opened.clean_copy(tmp_path_factory.mktemp("copy"))
 
 
 @pytest.fixture(scope="module")
-def studied(tmp_path_factory) -> Path:
-    """A home with the invented results of a finished study."""
-    home = tmp_path_factory.mktemp("studied")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KDLIB_HOME", str(home))
-        synthetic_results.write("smoke", grids=tuple(profiles.load("smoke").study.grids))
-    return home
-
-
-def execute(path: Path, home: Path) -> nbformat.NotebookNode:
-    """Run all cells in the notebook's own folder; one that fails is an error that shows it."""
-    notebook = nbformat.read(path, as_version=4)
-    search = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"KDLIB_HOME": str(home), "KDLIB_BATCH": "1", "PYTHONPATH": search}
-    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": path.parent}})
-    return client.execute(env=environment)
+def execute(copy):
+    with opened.kernel(copy, copy.parent) as execute:
+        yield execute
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SHIPPED)
-def test_it_runs_with_its_defaults(name, copy, studied):
-    path = copy / "notebooks" / f"{name}.ipynb"
+@pytest.mark.parametrize("name", PRODUCERS)
+def test_what_makes_runs_runs_with_its_defaults(name, copy, execute):
+    path = copy / f"{name}.ipynb"
     assert path.is_file(), f"git does not know notebooks/{name}.ipynb: add it, or delete it"
-    found = executed[name] = execute(path, studied if analysis(name) else copy)
+    seen[name] = execute(opened.read(path))
+    all_of_it_ran(seen[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(SHIPPED) - set(PRODUCERS)))
+def test_what_reads_results_runs_with_its_defaults(name, executed):
+    path = executed / "notebooks" / f"{name}.ipynb"
+    ran = [opened.read(one) for one in (executed / "executed").glob(f"{name}*.ipynb")]  # of a grid's, once for each
+    found = [one for one in ran if sources(one) == sources(opened.read(path))]
+    assert len(found) == 1, f"{len(found)} of {len(ran)} ran with the defaults"
+    all_of_it_ran(found[0])
+
+
+def sources(notebook: nbformat.NotebookNode) -> list[str]:
+    return [cell.source for cell in notebook.cells]
+
+
+def all_of_it_ran(found: nbformat.NotebookNode) -> None:
     code = [cell for cell in found.cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    first = code[0].execution_count  # not one, for the kernel ran others before
+    assert [cell.execution_count for cell in code] == list(range(first, first + len(code)))
     assert pictures(code), "a notebook shows at least one picture"
 
 
@@ -80,10 +67,10 @@ def pictures(cells) -> list[dict]:
 
 @pytest.mark.slow
 def test_every_section_of_the_tour_has_a_picture_and_both_sliders_have_a_static_one():
-    if TOUR not in executed:
+    if TOUR not in seen:
         pytest.skip("the tour was not run")
     sections: list[list] = []
-    for cell in executed[TOUR].cells:
+    for cell in seen[TOUR].cells:
         if cell.cell_type == "markdown" and cell.source.startswith("## "):
             sections.append([cell])
         elif sections:
@@ -96,26 +83,25 @@ def test_every_section_of_the_tour_has_a_picture_and_both_sliders_have_a_static_
 
 
 @pytest.mark.slow
-def test_what_ran_left_the_copy_as_it_was(copy):
-    for path in (copy / "notebooks").iterdir():
+def test_what_ran_left_its_copy_as_it_was(copy, executed):
+    for path in (*copy.iterdir(), *(executed / "notebooks").iterdir()):
         assert path.read_bytes() == (REPOSITORY / "notebooks" / path.name).read_bytes()
-    assert {path.name for path in copy.iterdir()} <= {"notebooks", "results"}
+    assert {path.name for path in copy.parent.iterdir()} <= {"notebooks", "results"}
 
 
 @pytest.mark.parametrize("name", [one for one in SHIPPED if one < "10"])
 def test_code_is_narrow_enough_to_be_read(name):
-    cells = nbformat.read(REPOSITORY / "notebooks" / f"{name}.ipynb", as_version=4).cells
+    cells = opened.read(REPOSITORY / "notebooks" / f"{name}.ipynb").cells
     lines = [line for cell in cells if cell.cell_type == "code" for line in cell.source.split("\n")]
     assert [line for line in lines if len(line) > 110] == []
 
 
 def test_git_has_every_notebook_that_is_executed_and_no_other():
-    listed = subprocess.run(["git", "-C", str(REPOSITORY), "ls-files", "notebooks"], capture_output=True, text=True)
-    if listed.returncode:
+    if opened.listed() is None:
         pytest.skip("not a git checkout")
-    assert {Path(name).stem for name in listed.stdout.split()} == set(SHIPPED)
+    assert opened.listed() == set(SHIPPED)
 
 
-def test_only_what_makes_runs_shares_its_home():
-    assert [name for name in SHIPPED if not analysis(name)][-1] == TOUR
+def test_a_notebook_that_is_not_known_has_to_stand_by_itself():
+    assert PRODUCERS[-1] == TOUR
     assert not analysis("99_new")
