@@ -5,6 +5,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+# Of the million objects that the imports below leave none is garbage; the collector would go through them again and again,
+# a second of each job, and through all of them whenever it is called later.
+gc.disable()
+
 import torch
 import transformers
 
@@ -15,6 +19,9 @@ from kdlib.study.kinds import kinds
 from kdlib.study.plan import Step
 from kdlib.study.work import total
 from kdlib.training.log import peak_resident_bytes
+
+gc.freeze()
+gc.enable()
 
 if progress.batch():
     transformers.utils.logging.disable_progress_bar()
