@@ -5,8 +5,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-# Of the million objects that the imports below leave none is garbage; the collector would go through them again and again,
-# a second of each job, and through all of them whenever it is called later.
+# What the imports below leave is no garbage, but the collector would go through it again and again: a second of every job, and
+# some more whenever it is called later. So it rests meanwhile, and what is there afterwards is set aside.
+gc.collect()
 gc.disable()
 
 import torch
