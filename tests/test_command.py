@@ -78,6 +78,18 @@ def test_bad_input_is_answered_before_anything_heavy_is_imported():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "2 []\n"
 
 
+@pytest.mark.parametrize(
+    ("module", "apart"),
+    [
+        ("kdlib.analysis.paper", {"torch", "pandas", "numpy", "matplotlib"}),  # reads what analyses wrote
+        ("kdlib.analysis.panels, kdlib.analysis.studies", {"torch", "seaborn", "scipy.stats"}),  # each analysis is a process
+    ],
+)
+def test_what_takes_long_to_import_is_imported_where_it_is_needed(module, apart):
+    code = f"import sys\nimport {module}\nprint(sorted({apart} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
 def test_values_are_yaml():
     found = runner.assignments(
         [

@@ -564,9 +564,10 @@ def test_a_figure_has_no_date_and_embeds_its_fonts(tmp_path, monkeypatch):
         {"method": ["KD student", "untrained"], "nll": [4.9, 9.0], "low": [4.8, 8.9], "high": [5.0, 9.1]}
     )
     figures.dots(axis, rows, "method", "nll", limits=(4.5, 5.5))
-    figures.save(figure, "smoke", "dots")
-    plt.close(figure)
+    shown = figures.save(figure, "smoke", "dots")
     content = (tmp_path / "figures/smoke/dots.pdf").read_bytes()
+    assert shown.data == (tmp_path / "figures/smoke/dots.png").read_bytes() and (shown.width, shown.height) == (300, 200)
+    assert not plt.fignum_exists(figure.number), "a notebook would draw a figure that is open once more"
     assert b"CreationDate" not in content and b"/FontFile2" in content
     assert sorted(axis.get_lines()[-1].get_xdata()) == [5.5], "a value beyond the limits is drawn at the edge"
 

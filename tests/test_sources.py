@@ -363,6 +363,18 @@ def test_a_fault_in_the_catalogue_is_told_with_its_file_its_entry_and_what_belon
     assert str(tmp_path / "mine.yaml") in str(error.value) and "\n" not in str(error.value)
 
 
+def test_an_edited_catalogue_is_read_again_and_what_a_caller_adds_is_not_kept(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("mine: {kind: path, path: a, licence: my own}\n", encoding="utf-8")
+    found = sources.catalogue(file)
+    found["further"] = found["mine"]
+    assert list(sources.catalogue(file)) == ["mine"]
+    before = file.stat().st_mtime_ns
+    file.write_text("yours: {kind: path, path: a, licence: my own}\n", encoding="utf-8")
+    os.utime(file, ns=(before + 1, before + 1))
+    assert list(sources.catalogue(file)) == ["yours"]
+
+
 def test_importing_sources_does_not_import_torch():
     script = "import sys; from kdlib.data import sources; sources.catalogue(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY).returncode == 0

@@ -96,10 +96,16 @@ def losses(chosen: Sequence[store.Run], split: str) -> Losses:
     return Losses(nll, correct, parts[0].tokens.to_numpy(dtype=float), parts[0].domain.to_numpy())
 
 
+# A study compares its reference with every other student, on one split after the other; ``written`` tells a file that was
+# made anew.
 @lru_cache(maxsize=1024)
 def _per_source(file: Path, written: int, split: str) -> pd.DataFrame:
-    # A study compares its reference with every other student; ``written`` tells a file that was made anew.
-    return statistics.per_source(pd.read_parquet(file), split)
+    return statistics.per_source(_documents(file, written), split)
+
+
+@lru_cache(maxsize=1024)
+def _documents(file: Path, written: int) -> pd.DataFrame:
+    return pd.read_parquet(file, columns=["split", "source", "domain", *statistics.SUMS])
 
 
 def mean_losses(table: pd.DataFrame) -> pd.DataFrame:

@@ -2,12 +2,11 @@
 
 import textwrap
 from collections.abc import Mapping
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
+from IPython.display import Image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -31,13 +30,16 @@ WIDTH = 6.3  # inches: the paper's text width
 def use_style() -> None:
     """Set matplotlib up for the paper: small type, few lines, fonts embedded, the same bytes from the same data."""
     axes = {"labelsize": 8, "titlesize": 8, "titleweight": "bold", "titlelocation": "left", "linewidth": 0.6}
-    ticks = {"labelsize": 7.5, "major.width": 0.6, "major.size": 3}
+    ticks = {"labelsize": 7.5, "major.width": 0.6, "major.size": 3, "minor.width": 0.8, "minor.size": 3.2}
     rc = {f"axes.{name}": value for name, value in axes.items()}
     rc |= {f"{side}tick.{name}": value for side in "xy" for name, value in ticks.items()}
     rc |= {"axes.spines.top": False, "axes.spines.right": False, "axes.formatter.useoffset": False, "font.size": 8}
     rc |= {"figure.constrained_layout.use": True, "figure.dpi": 100, "savefig.dpi": 200, "lines.linewidth": 1.2}
-    rc |= {"pdf.fonttype": 42, "font.family": "DejaVu Sans"}
-    sns.set_theme(context="paper", style="ticks", rc=rc)
+    rc |= {"lines.markersize": 4.8, "lines.solid_capstyle": "round", "axes.axisbelow": True}
+    rc |= {"patch.edgecolor": "white", "patch.force_edgecolor": True, "patch.linewidth": 0.8}
+    rc |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), "0.15")
+    rc |= {"pdf.fonttype": 42, "font.family": "DejaVu Sans", "axes.prop_cycle": plt.cycler(color=list(KINDS.values()))}
+    plt.rcParams.update(rc)
 
 
 def colour(method: str) -> str:
@@ -180,15 +182,16 @@ def reliability(axis: Axes, bins: pd.DataFrame, text: str, tint: str) -> None:
     axis.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1], aspect="equal")
 
 
-def folder(profile: str) -> Path:
-    """The folder of a profile's figures."""
-    return store.home() / "figures" / Path(profile).stem
+def save(figure: Figure, profile: str, stem: str) -> Image:
+    """Write ``figures/<profile>/<stem>.pdf`` and ``.png``, byte for byte the same for the same drawing, and close the figure.
 
-
-def save(figure: Figure, profile: str, stem: str) -> None:
-    """Write ``figures/<profile>/<stem>.pdf`` and ``.png``, byte for byte the same for the same drawing."""
-    path = folder(profile)
+    Returns:
+        The picture as it was saved. A notebook shows it at the end of a cell, and does not draw the figure once more.
+    """
+    path = store.figures(profile)
     path.mkdir(parents=True, exist_ok=True)
     # Time and versions are left out of the files: they would differ where nothing that is drawn does.
     figure.savefig(path / f"{stem}.pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
     figure.savefig(path / f"{stem}.png", metadata={"Software": None})
+    plt.close(figure)
+    return Image(path / f"{stem}.png", retina=True)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -67,6 +66,8 @@ def others(axis: Axes, found: Found) -> None:
 
 def constants(axis: Axes, found: Found) -> None:
     """Test loss by weight and temperature: darker is better, the chosen pair outlined, cross-entropy the weight of 0."""
+    import seaborn as sns  # which imports half of scipy: other panels do without
+
     means = found.means
     varied = means.dropna(subset=["kd_weight", "temperature"])
     wide = varied.pivot_table(index="kd_weight", columns="temperature", values="nll")

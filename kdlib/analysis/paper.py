@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from kdlib.analysis import figures, outputs, report
+from kdlib.analysis import outputs, report
 from kdlib.data import archives, sources
 from kdlib.errors import KdlibError
 from kdlib.study import profiles, store
@@ -27,7 +27,7 @@ TINYTEX = {"linux-x86_64": "x86_64-linux", "darwin-x86_64": "universal-darwin", 
 
 def missing(profile: str) -> list[Path]:
     """Analysis outputs that the paper needs and that are not there."""
-    tables, drawn = store.results(profile), figures.folder(profile)
+    tables, drawn = store.results(profile), store.figures(profile)
     analyses = outputs.analyses(store.grids(profile))
     wanted = [tables / "numbers" / f"{name}.json" for name in analyses]
     for one in analyses.values():
@@ -92,7 +92,7 @@ def build(profile: str) -> Path:
     folder = store.home() / "paper" / "build" / name
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(generated, folder)
-    for path in [*SOURCE.glob("*.tex"), *figures.folder(profile).glob("*.pdf")]:
+    for path in [*SOURCE.glob("*.tex"), *store.figures(profile).glob("*.pdf")]:
         shutil.copy(path, folder)
     date = report.look_up(profile, {"csv": "setup", "where": {"name": "date"}, "format": "{value}"})
     compile_latex(folder, calendar.timegm(time.strptime(date, "%Y-%m-%d")))
@@ -102,15 +102,15 @@ def build(profile: str) -> Path:
 
 
 def compile_latex(folder: Path, epoch: int) -> None:
-    """Run pdflatex twice (references) on ``main.tex`` in ``folder``; shell escapes are off.
+    """Run pdflatex twice on ``main.tex`` in ``folder``, first for the references alone; shell escapes are off.
 
     Raises:
         KdlibError: LaTeX failed; the message holds its first error.
     """
-    command = [engine(), "-no-shell-escape", "-interaction=nonstopmode", "-halt-on-error", "main.tex"]
+    command = [engine(), "-no-shell-escape", "-interaction=nonstopmode", "-halt-on-error"]
     environment = {**os.environ, "SOURCE_DATE_EPOCH": str(epoch), "FORCE_SOURCE_DATE": "1"}
-    for _ in range(2):
-        result = subprocess.run(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True)
+    for mode in (["-draftmode"], []):
+        result = subprocess.run([*command, *mode, "main.tex"], cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True)
         if result.returncode:
             raise KdlibError(
                 f"LaTeX could not compile {folder / 'main.tex'}: {first_error(folder / 'main.log', result.stdout)}"

@@ -5,18 +5,20 @@ in ``results/<profile>/numbers/<notebook>.json``; LaTeX and Markdown are generat
 """
 
 import csv
+import math
 import re
 import string
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import numpy as np
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from kdlib.analysis import grids, outputs
 from kdlib.errors import KdlibError
 from kdlib.study import store
+
+if TYPE_CHECKING:
+    import pandas as pd  # telling what was saved does without
 
 README_FINDINGS = ("objectives_differences", "methods_differences")
 README_PROFILE = "laptop"
@@ -27,14 +29,14 @@ README_FIGURES = {
 }
 
 
-def save_table(frame: pd.DataFrame, profile: str, stem: str) -> None:
+def save_table(frame: "pd.DataFrame", profile: str, stem: str) -> None:
     """Write ``results/<profile>/<stem>.csv``: six digits, whole numbers in full, empty cells for what is unknown."""
     path = store.results(profile) / f"{stem}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(as_csv(frame), encoding="utf-8", newline="\n")
 
 
-def as_csv(frame: pd.DataFrame) -> str:
+def as_csv(frame: "pd.DataFrame") -> str:
     """A table as its file holds it."""
     return frame.convert_dtypes().to_csv(index=False, float_format="%.6g", lineterminator="\n")
 
@@ -49,7 +51,7 @@ class _Formatter(string.Formatter):
             return super().format_field(value, spec.removeprefix("si"))
         if abs(value) < 10_000:
             return f"{value:,.0f}"
-        power = min(5, int(np.log10(abs(value)) / 3 + 1e-9))
+        power = min(5, int(math.log10(abs(value)) / 3 + 1e-9))
         return f"{value / 1000**power:#.3g}".rstrip(".") + " " + " kMGTP"[power]
 
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from scipy.special import logsumexp
-from scipy.stats import t as student_t
+from scipy.special import logsumexp, stdtr, stdtrit
 
 from kdlib.analysis import variance
 from kdlib.errors import KdlibError
@@ -21,6 +20,7 @@ from kdlib.errors import KdlibError
 LEVEL = 0.95  # of every interval that is shown
 ALPHA = 0.05  # of every decision, for all comparisons of a family together
 MINIMUM = 0.005  # nats per token that a claim needs
+SUMS = ("nll", "tokens", "bytes", "correct")  # of a documents table
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,15 @@ class Comparison:
     @property
     def p_value(self) -> float:
         """Two-sided p-value of a true difference of 0; 1 for a model against itself."""
-        return 2 * student_t.sf(np.abs(self._t(0.0)), self.df)
+        return 2 * stdtr(self.df, -np.abs(self._t(0.0)))
 
     def p_below(self, bound: float) -> float:
         """One-sided p-value against a true difference of ``bound`` or more: small if it is shown to be below."""
-        return student_t.cdf(self._t(bound), self.df)
+        return stdtr(self.df, self._t(bound))
 
     def p_above(self, bound: float) -> float:
         """One-sided p-value against a true difference of ``bound`` or less: small if it is shown to be above."""
-        return student_t.sf(self._t(bound), self.df)
+        return stdtr(self.df, -self._t(bound))
 
     def reversed(self) -> "Comparison":
         """B − A."""
@@ -66,7 +66,7 @@ class Comparison:
 
     @property
     def _half(self) -> float:
-        return student_t.ppf((1 + LEVEL) / 2, self.df) * self.standard_error
+        return stdtrit(self.df, (1 + LEVEL) / 2) * self.standard_error
 
     def _t(self, bound: float) -> float:
         # 0/0 = 0: a difference that is exactly the bound, and never varied, is no evidence either way.
@@ -249,13 +249,8 @@ def per_source(documents: pd.DataFrame, split: str) -> pd.DataFrame:
             f"The documents table has no split {split!r}; it holds {sorted(documents['split'].unique())}. Ask for "
             "one of those, or evaluate the run on this split."
         )
-    return rows.groupby("source", sort=True).agg(
-        domain=("domain", "first"),
-        nll=("nll", "sum"),
-        tokens=("tokens", "sum"),
-        bytes=("bytes", "sum"),
-        correct=("correct", "sum"),
-    )
+    sources = rows.groupby("source", sort=True)
+    return sources[["domain"]].first().join(sources[list(SUMS)].sum())
 
 
 def pool_target_logprobs(member_logprobs: ArrayLike) -> np.ndarray:

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import f as fisher_f
+from scipy.special import fdtri
 
 
 class Variance(NamedTuple):
@@ -101,7 +101,7 @@ def pool(losses: np.ndarray, level: float = 0.05) -> Pooled:
 @lru_cache
 def _largest_share(cells: int, df: int, level: float) -> float:
     # Cochran's critical value, by its Bonferroni bound.
-    quantile = fisher_f.isf(level / cells, df, (cells - 1) * df)
+    quantile = fdtri(df, (cells - 1) * df, 1 - level / cells)
     return quantile / (quantile + cells - 1)
 
 

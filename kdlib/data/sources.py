@@ -94,6 +94,7 @@ class PathSource(_Source):
 
 KINDS = {"wheel": WheelSource, "hub": HubSource, "path": PathSource}
 Source = Annotated[WheelSource | HubSource | PathSource, Field(discriminator="kind")]
+_ENTRIES = TypeAdapter(dict[str, Source])
 
 
 def catalogue(file: Path = CATALOGUE) -> dict[str, Source]:
@@ -102,6 +103,12 @@ def catalogue(file: Path = CATALOGUE) -> dict[str, Source]:
     Raises:
         KdlibError: not YAML, or an entry with an unknown kind or field, without a field it needs, or with a wrong value.
     """
+    return dict(_read(file, file.stat().st_mtime_ns))
+
+
+@lru_cache
+def _read(file: Path, modified: int) -> dict[str, Source]:
+    # Planning a study asks for it with every teacher that a run learns from; `modified` has an edited file read again.
     try:
         return checked(yaml.safe_load(file.read_text(encoding="utf-8")), f"the catalogue {file}")
     except yaml.YAMLError as error:
@@ -115,7 +122,7 @@ def checked(entries: dict, where: str) -> dict[str, Source]:
         KdlibError: an entry with an unknown kind or field, without a field it needs, or with a wrong value.
     """
     try:
-        return TypeAdapter(dict[str, Source]).validate_python(entries)
+        return _ENTRIES.validate_python(entries)
     except ValidationError as error:
         problems = "; ".join(map(_problem, error.errors()))
         raise KdlibError(f"Entries in {where} must be valid: {problems}. Correct them there.") from None

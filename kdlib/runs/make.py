@@ -5,6 +5,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+# What the imports below leave is no garbage, but the collector would go through it again and again: a second of every job, and
+# some more whenever it is called later. So it rests meanwhile, and what is there afterwards is set aside.
+gc.collect()
+gc.disable()
+
 import torch
 import transformers
 
@@ -15,6 +20,9 @@ from kdlib.study.kinds import kinds
 from kdlib.study.plan import Step
 from kdlib.study.work import total
 from kdlib.training.log import peak_resident_bytes
+
+gc.freeze()
+gc.enable()
 
 if progress.batch():
     transformers.utils.logging.disable_progress_bar()

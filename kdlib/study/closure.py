@@ -37,7 +37,7 @@ def closure(module: str) -> list[str]:
 
 def code_hash(modules: Iterable[str]) -> str:
     """SHA-256 of the modules' code without comments, docstrings and blank lines."""
-    texts = (f"{name}\n{_bare(_file(name).read_text(encoding='utf-8'))}" for name in sorted(modules))
+    texts = (f"{name}\n{_read(_file(name).read_text(encoding='utf-8'))[1]}" for name in sorted(modules))
     return hashlib.sha256("\f".join(texts).encode()).hexdigest()
 
 
@@ -53,24 +53,40 @@ def _file(module: str) -> Path:
 
 @cache
 def _imports(module: str) -> frozenset[str]:
-    return frozenset(_imported(ast.parse(_file(module).read_text(encoding="utf-8"))))
+    imports, _ = _read(_file(module).read_text(encoding="utf-8"))
+    return frozenset(_named(imports))
 
 
-def _imported(tree: ast.AST) -> Iterator[str]:
-    for node in ast.walk(tree):
+def _named(imports: Iterable[ast.Import | ast.ImportFrom]) -> Iterator[str]:
+    for node in imports:
         if isinstance(node, ast.Import):
             yield from (one.name for one in node.names if one.name.startswith("kdlib."))
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "kdlib":
+        elif (node.module or "").split(".")[0] == "kdlib":
             for one in node.names:
                 inside = f"{node.module}.{one.name}"
                 yield inside if _file(inside).is_file() else node.module
 
 
 @cache  # most modules are behind several kinds of run
-def _bare(source: str) -> str:
+def _read(source: str) -> tuple[list[ast.Import | ast.ImportFrom], str]:
+    """A module's imports, and its code without comments, docstrings and blank lines."""
+    tree = ast.parse(source)
+    statements = [tree, *_statements(tree.body)]
+    return [one for one in statements if isinstance(one, ast.Import | ast.ImportFrom)], _bare(source, statements)
+
+
+def _statements(body: Iterable[ast.AST]) -> Iterator[ast.AST]:
+    # Neither imports nor docstrings stand inside an expression, and most of a tree is expressions.
+    for node in body:
+        yield node
+        for part in ("body", "handlers", "orelse", "finalbody", "cases"):
+            yield from _statements(getattr(node, part, ()))
+
+
+def _bare(source: str, statements: Iterable[ast.AST]) -> str:
     # Text, not the syntax tree, is hashed: the tree's printed form differs between Python versions.
     drop, lines = set(), source.splitlines()
-    for node in ast.walk(ast.parse(source)):
+    for node in statements:
         if (
             isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
             and ast.get_docstring(node) is not None

@@ -191,7 +191,7 @@ def load(name: str) -> Profile:
         raise KdlibError(
             f"Unknown profile {name!r}. Expected one of {', '.join(available())}, or the path of a .yaml file."
         )
-    if path.stem in available() and path.resolve() != (REPOSITORY / "profiles" / f"{path.stem}.yaml").resolve():
+    if given and path.stem in available() and path != (REPOSITORY / "profiles" / f"{path.stem}.yaml").resolve():
         raise KdlibError(
             f"A profile of your own must not be called {', '.join(available())}, since its name is its folder of results, got {path}. "
             "Rename it."

@@ -42,6 +42,11 @@ def results(profile: str) -> Path:
     return home() / "results" / Path(profile).stem
 
 
+def figures(profile: str) -> Path:
+    """The folder of a profile's figures."""
+    return home() / "figures" / Path(profile).stem
+
+
 def digest(value: Any) -> str:
     """First 12 hex digits of the SHA-256 of a JSON-like value, independent of key order."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
