@@ -15,8 +15,6 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-from kdlib import models  # before torch, as kdlib asks for
-
 import numpy as np
 import pandas as pd
 import torch
@@ -24,6 +22,7 @@ from record import record
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
+from kdlib import models  # before torch, as kdlib asks for
 from kdlib.cache import Kind, ModelTeacher, TargetCache, write_targets
 from kdlib.data import corpus
 from kdlib.data.text import TrainingText

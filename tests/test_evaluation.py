@@ -16,8 +16,8 @@ from kdlib.analysis.statistics import pool_target_logprobs
 from kdlib.data.corpus import Split, pack, predicting_positions
 from kdlib.ensemble.model import EnsembleForCausalLM
 from kdlib.errors import KdlibError
-from kdlib.evaluation import metrics as evaluation
 from kdlib.evaluation import at_bound
+from kdlib.evaluation import metrics as evaluation
 from kdlib.evaluation.metrics import _tell_of_bound, ece, evaluate, fit_temperature, hidden_states, position_scores
 
 VOCABULARY, BLOCK = 67, 16
