@@ -142,7 +142,12 @@ WAYS = {
         "temperature": ({"mode": "weighted", "measure": "nll", "temperature": 1.0}, 2.0),
         "domains": (CHOSEN, {"speeches": 1.0}),
     },
-    "generated": {"by": ({}, {"student": {"objective": "ce"}}), "temperature": ({}, 2.0), "top_p": ({}, 0.9)},
+    "generated": {
+        "by": ({}, {"student": {"objective": "ce"}}),
+        "temperature": ({}, 2.0),
+        "top_p": ({}, 0.9),
+        "seed": ({}, 7),
+    },
 }
 # Neither where a run is kept nor how fast it is made.
 NOWHERE = {"profile", "compile"}
