@@ -159,3 +159,13 @@ def test_a_profiles_methods_are_formed_for_its_comparison():
         members = plan.Planner("smoke").members(asked.get("method", name), found[0].step.parameters.seeds, **chosen)
         assert [one.id for one in found[0].members] == [one.id for one in members]
         assert {one.pool for one in found} == set(profiles.load("smoke").study.pools)
+
+
+def test_every_run_of_every_method_is_the_same_when_its_notebook_plans_it_anew():
+    from kdlib.study import design
+    from kdlib.study.kinds import kinds
+
+    for one in design.study("smoke"):
+        # As in a process that has planned nothing yet, where runs are named by their ids.
+        settings = {name: value for name, value in one.parameters.model_dump().items() if name != "profile"}
+        assert plan.step(profiles.parameters(kinds()[one.kind].NOTEBOOK, "smoke", **settings)).id == one.id, one.label
