@@ -159,9 +159,9 @@ def a_text(copy: Copy) -> None:
 
 
 def a_kind(copy: Copy) -> None:
-    told = copy.kdlib("list", "08_novelty", "--profile", "smoke")
+    told = copy.kdlib("list", "09_novelty", "--profile", "smoke")
     assert "n = 4" in told and "looked for together" in told
-    copy.kdlib("run", "notebooks/08_novelty.ipynb", "--profile", own_text(copy.folder), "--set", "n=2")
+    copy.kdlib("run", "notebooks/09_novelty.ipynb", "--profile", own_text(copy.folder), "--set", "n=2")
     (metrics,) = (copy.folder / "results/mine/runs").glob("novelty-*/metrics.json")
     assert 0 < yaml.safe_load(metrics.read_text(encoding="utf-8"))["novel"] < 1
 

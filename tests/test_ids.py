@@ -21,6 +21,7 @@ FROZEN = {
     "teacher": {"low_precision": "none"},
     "targets": {"source": "teacher", "proposal": 1.0, "stratified": False},
     "scores": {},
+    "clusters": {},
     "student": {
         "low_precision": "none",
         "divergence": "forward_kl",
@@ -82,7 +83,14 @@ OTHERS = {
     "scores": {
         "scorer": ({}, {"student": {"objective": "ce"}}),
         "measure": ({}, "entropy"),
+        "targets": ({"measure": "kl", "scorer": {"student": {"objective": "ce"}}}, {"targets": {"draws": 8}}),
         "precision": ({}, "bfloat16"),
+    },
+    "clusters": {
+        "clusters": ({}, 3),
+        "dimensions": ({}, 50),
+        "random": ({}, True),
+        "seed": ({}, 7),
     },
     "student": TRAINING
     | {
@@ -142,7 +150,18 @@ WAYS = {
         "temperature": ({"mode": "weighted", "measure": "nll", "temperature": 1.0}, 2.0),
         "domains": (CHOSEN, {"speeches": 1.0}),
     },
-    "generated": {"by": ({}, {"student": {"objective": "ce"}}), "temperature": ({}, 2.0), "top_p": ({}, 0.9)},
+    "clustered": {
+        "by": ({"cluster": 1}, {"clusters": {"clusters": 3}}),
+        "cluster": ({"cluster": 1}, 2),
+        "own": ({"cluster": 1}, 0.6),
+        "seed": ({"cluster": 1}, 2),
+    },
+    "generated": {
+        "by": ({}, {"student": {"objective": "ce"}}),
+        "temperature": ({}, 2.0),
+        "top_p": ({}, 0.9),
+        "seed": ({}, 7),
+    },
 }
 # Neither where a run is kept nor how fast it is made.
 NOWHERE = {"profile", "compile"}
@@ -258,7 +277,7 @@ def test_every_setting_of_a_text_is_part_of_an_id(way, name):
 
 
 def test_every_text_is_another_student():
-    said = {"bagged": {"share": 0.5, "seed": 1}, "selected": CHOSEN}
+    said = {"bagged": {"share": 0.5, "seed": 1}, "selected": CHOSEN, "clustered": {"cluster": 1}}
     found = [step("student", objective="online_kd", text={way: said[way]} if way in said else way).id for way in WAYS]
     assert set(WAYS) == set(text.ways()) and len(set(found)) == len(WAYS)
 
@@ -290,6 +309,7 @@ NAMED = [
     ("student", lambda ref: {**IN_LOOP, "text": {"generated": {"by": ref}}}, lambda one: one.inputs["writer"]),
     ("targets", lambda ref: {"teacher": ref}, lambda one: one.inputs["teacher"]),
     ("scores", lambda ref: {"scorer": ref}, lambda one: one.inputs["scorer"]),
+    ("scores", lambda ref: {"scorer": ref, "measure": "kl"}, lambda one: one.inputs["scorer"]),
     ("ensemble", lambda ref: {"members": [ref]}, lambda one: one.inputs["member 1"]),
     ("fidelity", lambda ref: {"student": {"teacher": ref}}, lambda one: one.inputs["teacher"]),
 ]

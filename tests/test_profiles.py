@@ -133,7 +133,7 @@ def test_a_section_whose_settings_all_have_defaults_may_be_left_out(tmp_path):
     assert (plain.measure, plain.scorer) == ("nll", {"targets": {}})
     chosen = profiles.parameters("07_scores", saved(tmp_path, values | {"scores": {"measure": "entropy"}}))
     assert chosen.measure == "entropy"
-    with pytest.raises(KdlibError, match="scores.measure.*'nll' or 'entropy'"):
+    with pytest.raises(KdlibError, match="scores.measure.*'nll', 'entropy' or 'kl'"):
         profiles.load(saved(tmp_path, values | {"scores": {"measure": "loss"}}))
 
 
@@ -285,6 +285,8 @@ def test_every_parameter_has_a_meaning():
 
 
 def test_meanings_say_whose_precision_it_is():
-    meanings = {name: kind.Parameters.model_fields["precision"].description for name, kind in kinds().items() if name != "corpus"}
+    fields = {name: kind.Parameters.model_fields for name, kind in kinds().items()}
+    meanings = {name: found["precision"].description for name, found in fields.items() if "precision" in found}
+    assert set(fields) - set(meanings) == {"corpus", "clusters"}
     assert meanings["fidelity"] == meanings["targets"] == "autocast of the teacher's forward pass"
     assert meanings["scores"] == "autocast of the scorer's forward pass"

@@ -159,13 +159,13 @@ def _upstream(profile: str, runs: list[store.Run]) -> dict:
 
 
 def _writers(targets: list[store.Run]) -> dict[str, list[store.Run]]:
-    """Targets by what a table calls their writing: those of the study's teacher, those that it redraws from, those of students."""
+    """Targets by what a table calls their writing: those of the study's teacher, those that it redraws from, those of students and pools."""
     inputs = {run.id: run.settings["inputs"] for run in targets}
     dense, found = {read.get("dense") for read in inputs.values()}, {}
     for run in targets:
         teacher = inputs[run.id].get("teacher", "teacher")
         if not teacher.startswith("teacher"):
-            what = "writing targets of students"
+            what = f"writing targets of {'ensembles' if teacher.startswith('ensemble') else 'students'}"
         else:
             what = "writing dense targets" if run.id in dense else "writing targets"
         found.setdefault(what, []).append(run)
