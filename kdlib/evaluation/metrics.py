@@ -5,11 +5,6 @@ The decoder runs over a split once and its hidden states are kept; all else is p
 of positions, so [positions, V] never exists. Log-probabilities are float32. Perplexity is exp(mean token NLL).
 Calibration is "pool first": one temperature, fitted to the pooled distribution on the calibration split, serves all
 splits.
-
-Reliability histograms have 15 equal-width bins, ((m−1)/15, m/15]. ``ece`` takes each position's top-1 probability
-(Guo et al., On Calibration of Modern Neural Networks, 2017). ``full_ece`` takes all (token, probability) pairs and is
-given *per position*, Σ_bins |Σ p − hits| / positions: V times the mean over pairs, which is near 0 for any model
-since almost all pairs lie in the first bin.
 """
 
 import gc
@@ -23,7 +18,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -32,12 +26,11 @@ from kdlib.ensemble.model import EnsembleForCausalLM
 from kdlib.ensemble.pooling import POOLS, label_ambiguity, log_probs, logit_ambiguity, pool_of
 from kdlib.errors import KdlibError
 from kdlib.evaluation.positions import hidden_states, routed_weights
+from kdlib.evaluation.reliability import BINS, FIELDS, count, count_pairs, ece
 from kdlib.losses.logits import head_logits
 from kdlib.models import extent, head, operations
 from kdlib.study.work import Entry, entry
 
-BINS = 15
-FIELDS = ("counts", "confidence_sums", "hits")  # of a reliability histogram
 CHUNK = 2**23  # log-probabilities held at once, all members together: 32 MiB of float32
 TEMPERATURES = (0.05, 20.0)  # range searched
 
@@ -228,8 +221,8 @@ def _measure(name: str, chunks: _Chunks, temperature: float) -> dict[str, Any]:
         hit = pooled.argmax(dim=-1) == targets
         parts["correct"].append(hit)
         for kind, scores in (("raw", pooled), ("calibrated", log_probs(pooled / temperature))):
-            _count(histograms[kind][""], scores.amax(dim=-1).exp(), hit)
-            _count_pairs(histograms[kind]["full_"], scores, targets)
+            count(histograms[kind][""], scores.amax(dim=-1).exp(), hit)
+            count_pairs(histograms[kind]["full_"], scores, targets)
             parts[kind].append(_at(scores, targets))
         if chunks.pool is not None:
             labels = members.gather(-1, targets.expand(len(members), -1)[..., None])[..., 0]
@@ -280,37 +273,6 @@ class _Weighed:
 
 def _at(scores: Tensor, targets: Tensor) -> Tensor:
     return scores.gather(-1, targets[:, None])[:, 0]
-
-
-def _count(histogram: Tensor, p: Tensor, hit: Tensor) -> None:
-    """Add probabilities [n], and whether each came true, to a histogram: FIELDS x bins."""
-    # A product with the one-hot bins sums in a fixed order; bincount with weights does not on a GPU.
-    edges = torch.arange(1, BINS, dtype=p.dtype, device=p.device) / BINS
-    bins = functional.one_hot(torch.bucketize(p, edges), BINS).double()
-    histogram += torch.stack([torch.ones_like(p), p, hit.to(p)]).double() @ bins
-
-
-def _count_pairs(histogram: Tensor, scores: Tensor, targets: Tensor) -> None:
-    """The same for all pairs of log-probabilities [c, V]: at most 14 of a row lie above the first bin, which gets the
-    rest of the row's 1.
-    """
-    row, token = (scores > math.log(1 / BINS)).nonzero(as_tuple=True)
-    upper, hit = scores[row, token].exp(), targets[row] == token
-    _count(histogram, upper, hit)
-    histogram[0, 0] += scores.numel() - len(upper)
-    histogram[1, 0] += len(scores) - upper.sum(dtype=torch.float64)
-    histogram[2, 0] += len(scores) - hit.sum()
-
-
-def ece(counts: ArrayLike, confidence_sums: ArrayLike, hits: ArrayLike, total: float | None = None) -> float:
-    """Expected calibration error from a reliability histogram: Σ_bins |Σ confidence − hits| / ``total`` (Σ counts).
-
-    With top-1 confidences this is Σ n_b/n·|accuracy_b − confidence_b| (Guo et al., On Calibration of Modern Neural
-    Networks, 2017, equation 3). Over all (token, probability) pairs, give ``total`` = the number of *tokens* to get
-    the error per token.
-    """
-    total = np.asarray(counts).sum() if total is None else total
-    return float(np.abs(np.asarray(confidence_sums) - np.asarray(hits)).sum() / total)
 
 
 def _report(
