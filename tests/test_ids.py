@@ -82,6 +82,7 @@ OTHERS = {
     "scores": {
         "scorer": ({}, {"student": {"objective": "ce"}}),
         "measure": ({}, "entropy"),
+        "targets": ({"measure": "kl", "scorer": {"student": {"objective": "ce"}}}, {"targets": {"draws": 8}}),
         "precision": ({}, "bfloat16"),
     },
     "student": TRAINING
@@ -142,7 +143,12 @@ WAYS = {
         "temperature": ({"mode": "weighted", "measure": "nll", "temperature": 1.0}, 2.0),
         "domains": (CHOSEN, {"speeches": 1.0}),
     },
-    "generated": {"by": ({}, {"student": {"objective": "ce"}}), "temperature": ({}, 2.0), "top_p": ({}, 0.9)},
+    "generated": {
+        "by": ({}, {"student": {"objective": "ce"}}),
+        "temperature": ({}, 2.0),
+        "top_p": ({}, 0.9),
+        "seed": ({}, 7),
+    },
 }
 # Neither where a run is kept nor how fast it is made.
 NOWHERE = {"profile", "compile"}
@@ -290,6 +296,7 @@ NAMED = [
     ("student", lambda ref: {**IN_LOOP, "text": {"generated": {"by": ref}}}, lambda one: one.inputs["writer"]),
     ("targets", lambda ref: {"teacher": ref}, lambda one: one.inputs["teacher"]),
     ("scores", lambda ref: {"scorer": ref}, lambda one: one.inputs["scorer"]),
+    ("scores", lambda ref: {"scorer": ref, "measure": "kl"}, lambda one: one.inputs["scorer"]),
     ("ensemble", lambda ref: {"members": [ref]}, lambda one: one.inputs["member 1"]),
     ("fidelity", lambda ref: {"student": {"teacher": ref}}, lambda one: one.inputs["teacher"]),
 ]

@@ -128,7 +128,7 @@ def test_a_changed_setting_remakes_what_depends_on_it_and_nothing_else(mine, sec
     assert found == {name.replace("_", " ") for name in remade.split()}
 
 
-@pytest.mark.parametrize("kind", [name for name in kinds() if name != "scores"])
+@pytest.mark.parametrize("kind", kinds())
 def test_edited_code_remakes_the_runs_it_shapes_and_what_reads_them(monkeypatch, kind):
     grids = ("targets",)
     before = design.study("smoke", grids)

@@ -139,3 +139,78 @@ def test_a_scorer_that_is_none_is_refused():
             profiles.parameters("07_scores", "smoke", scorer=wrong)
     with pytest.raises(KdlibError, match="measure: .*'entropy'"):
         profiles.parameters("07_scores", "smoke", measure="loss")
+
+
+# KL to the teacher's targets
+
+
+def cached(profile, **targets):
+    """Dense weights [positions, V] of targets, 0 where nothing is predicted, and the entropy kept with them."""
+    corpus, run = make(profile, "01_corpus"), make(profile, "03_targets", **targets)
+    train = train_split(profile)
+    cache = artefacts.open_targets(run, corpus, train, targets.get("temperature", 1.0))
+    weights, entropy = np.zeros((len(train.tokens), log_probs(profile, "teacher").shape[-1])), np.zeros(len(train.tokens))
+    for position in predicting(train):
+        one = cache.read(np.array([position]))
+        np.add.at(weights[position], one.ids[0].numpy(), one.weights[0].numpy())
+        entropy[position] = one.entropy[0]
+    return weights, entropy
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [{}, {"temperature": 2.0}, {"kind": "topk_sampled", "top_k": 4, "draws": 8}],
+    ids=["sampled", "warm", "topk_sampled"],
+)
+@pytest.mark.parametrize("scorer", ["student", "pool"])
+def test_kl_of_drawn_targets_is_the_cross_entropy_to_them_less_the_entropy_kept(profile, scorer, targets):
+    train, used = train_split(profile), predicting(train_split(profile))
+    found = log_probs(profile, scorer)
+    log_p = (torch.logsumexp(found, 0) - np.log(len(found))) / targets.get("temperature", 1.0)
+    log_p = torch.log_softmax(log_p, -1).numpy()
+    weights, entropy = cached(profile, **targets)
+    asked = {"scorer": CE if scorer == "student" else [CE, OTHER], "measure": "kl", "targets": {"targets": targets}}
+    run = make(profile, "07_scores", **asked)
+    expected = np.zeros(len(train.tokens))
+    expected[used] = -(weights[used] * log_p[used]).sum(1) - entropy[used]
+    np.testing.assert_allclose(kept(run), expected, rtol=1e-4, atol=1e-4)
+    assert set(run.settings["inputs"]) == {"corpus", "scorer", "targets"} and run.metrics["work"]["scoring"]["flops"] > 0
+
+
+def test_kl_of_dense_targets_is_that_of_whole_distributions_and_draws_agree_on_average(profile):
+    used = predicting(train_split(profile))
+    t, p = (log_probs(profile, name)[0][used] for name in ("teacher", "student"))
+    expected = (t.exp() * (t - p)).sum(1).numpy()
+    dense = {"measure": "kl", "targets": {"targets": {"kind": "dense"}}}
+    found = kept(make(profile, "07_scores", scorer=CE, **dense))[used]
+    # Hidden states are kept in half precision.
+    np.testing.assert_allclose(found, expected, rtol=0.02, atol=5e-3)
+    drawn = kept(make(profile, "07_scores", scorer=CE, measure="kl"))[used]
+    # The entropy that was kept is in one byte, and off on average; what is drawn is not.
+    off = kept(make(profile, "07_scores", measure="entropy"))[used] + (t.exp() * t).sum(1).numpy()
+    missed = drawn + off - expected
+    assert abs(missed.mean()) < 4 * missed.std() / len(used) ** 0.5 < 0.01 and missed.std() > 0
+    itself = kept(make(profile, "07_scores", scorer="scratch", **dense))
+    assert np.abs(itself).max() < 5e-3 < expected.mean()
+
+
+def test_the_output_layer_of_dense_targets_is_charged(profile):
+    plain = make(profile, "07_scores", scorer=CE).metrics
+    whole = make(profile, "07_scores", scorer=CE, measure="kl", targets={"targets": {"kind": "dense"}}).metrics
+    width, vocabulary = 32, log_probs(profile, "teacher").shape[-1]
+    more = whole["work"]["scoring"]["flops"] - plain["work"]["scoring"]["flops"]
+    assert more == 2 * width * vocabulary * plain["tokens"]
+
+
+def test_kl_without_a_model_or_without_whole_targets_is_refused():
+    planner = plan.Planner("smoke")
+    with pytest.raises(KdlibError, match="must leave model, got targets sampled"):
+        planner.scores(measure="kl")
+    with pytest.raises(KdlibError, match="must leave targets, got student"):
+        planner.scores(measure="kl", scorer=CE, targets=CE)
+    with pytest.raises(KdlibError, match="kind of targets must be dense, sampled or topk_sampled for measure kl, got topk"):
+        planner.scores(measure="kl", scorer=CE, targets={"targets": {"kind": "topk"}})
+    with pytest.raises(KdlibError, match="targets must be left out with measure=nll"):
+        planner.scores(scorer=CE, targets={"targets": {"draws": 8}})
+    with pytest.raises(KdlibError, match="by must name a model with measure=kl"):
+        planner.student(text={"selected": {"measure": "kl", "mode": "highest", "share": 0.5}})

@@ -29,6 +29,7 @@ class Generated(Way):
     by: Ref | None = Field(None, description="the run that writes; None: the student's teacher")
     temperature: float | None = Field(None, gt=0, le=100, description="of the sampling; None: 1")
     top_p: float | None = Field(None, gt=0, le=1, description="draw from the smallest set of tokens with this probability")
+    seed: int | None = Field(None, ge=0, description="of the sampling; None: the student's")
 
     def inputs(self, student, plan) -> dict:
         """The run that writes the text."""
@@ -39,9 +40,8 @@ class Generated(Way):
         writer, tokens = given.load(given.runs["writer"]), int(given.train.documents.tokens.sum())
         # A step of generation takes a GPU as long for few documents as for many.
         rows, temperature = 32 if writer.device.type == "cpu" else 512, self.temperature or 1.0
-        made = sampled(
-            writer, given.tokenizer, tokens, given.block_length, given.seed, temperature, self.top_p, batch_size=rows
-        )
+        seed = given.seed if self.seed is None else self.seed
+        made = sampled(writer, given.tokenizer, tokens, given.block_length, seed, temperature, self.top_p, batch_size=rows)
         return TrainingText(made)
 
 

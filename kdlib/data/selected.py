@@ -28,8 +28,9 @@ class Selected(Way):
     by: Ref | None = Field(
         None, description="the run that scores, see :class:`kdlib.runs.scores`; None: the student's own targets"
     )
-    measure: Literal["nll", "entropy"] | None = Field(
-        None, description="of the scorer, mean over a document's tokens (not mode=random)"
+    measure: Literal["nll", "entropy", "kl"] | None = Field(
+        None,
+        description="of the scorer, mean over a document's tokens; kl: from the student's targets to it (not mode=random)",
     )
     mode: Literal["highest", "lowest", "middle", "random", "weighted"] = Field(
         description="which documents of that order come first; weighted: all are kept, and the loss of a token has the weight "
@@ -55,6 +56,8 @@ class Selected(Way):
                 raise ValueError(f"{name} must be {'given' if needed else 'left out'} with mode={self.mode}, got {found}")
         if self.by is not None and self.mode == "random":
             raise ValueError("by must be left out with mode=random, which reads no scores")
+        if self.measure == "kl" and self.by is None:
+            raise ValueError("by must name a model with measure=kl, which compares it with the student's targets")
         if self.domains and self.mode == "weighted":
             raise ValueError("domains must be left out with mode=weighted, which keeps all documents")
         return self
@@ -66,7 +69,8 @@ class Selected(Way):
         if self.mode == "random":
             return {}
         scorer = student.targets_step(plan) if self.by is None else self.by
-        return {"scores": plan.scores(scorer=scorer, measure=self.measure)}
+        against = {"targets": student.targets_step(plan)} if self.measure == "kl" else {}
+        return {"scores": plan.scores(scorer=scorer, measure=self.measure, **against)}
 
     def take(self, given: Given) -> TrainingText:
         """The chosen documents, or all of them with weights."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kdlib.cache import TargetCache
 from kdlib.data.corpus import Split, pack, predicting_positions
 from kdlib.ensemble.model import EnsembleForCausalLM
 from kdlib.ensemble.pooling import POOLS, label_ambiguity, log_probs, logit_ambiguity, pool_of
@@ -28,6 +29,7 @@ from kdlib.errors import KdlibError
 from kdlib.evaluation.positions import hidden_states, routed_weights
 from kdlib.evaluation.reliability import BINS, FIELDS, count, count_pairs, ece
 from kdlib.losses.logits import head_logits
+from kdlib.losses.reference import target_kl
 from kdlib.models import extent, head, operations
 from kdlib.study.work import Entry, entry
 
@@ -98,27 +100,35 @@ def position_scores(
     model: nn.Module,
     split: Split,
     block_length: int,
-    measure: Literal["nll", "entropy"],
+    measure: Literal["nll", "entropy", "kl"],
     batch_size: int = 32,
     autocast: torch.dtype | None = None,
+    cache: TargetCache | None = None,
 ) -> np.ndarray:
     """What a model or ensemble makes of every predicting position of a split, in split order: float32 [positions], nats.
 
-    An ``EnsembleForCausalLM`` counts as the distribution that it gives, calibrated.
+    An ``EnsembleForCausalLM`` counts as the distribution p that it gives, calibrated.
 
     Args:
-        measure: ``nll`` of the token that comes next, or ``entropy`` of the distribution over it.
+        measure: ``nll`` of the token that comes next, ``entropy`` of p, or ``kl``: KL(t || p) to the targets t in ``cache``, see
+            :func:`kdlib.losses.reference.target_kl`.
         batch_size, autocast: as for :func:`evaluate`.
+        cache: targets of this split (measure kl).
     """
     members, combined = _combined(model, None)
     temperature = model.config.calibration_temperature if isinstance(model, EnsembleForCausalLM) else 1.0
     _refuse_unfit(members, {split.name: split}, combined.name, 1.0)
     with torch.no_grad(), _evaluation_mode(members):
         index, found = pack(split.windows(block_length), block_length), []
-        for _, pooled, targets, _ in _chunks(members, split, index, batch_size, autocast, combined):
+        chunks = _chunks(members, split, index, batch_size, autocast, combined)
+        positions = iter(torch.from_numpy(predicting_positions(split)).split(chunks.size))
+        for (_, pooled, labels, _), here in zip(chunks, positions, strict=True):
             if temperature != 1:
                 pooled = log_probs(pooled / temperature)
-            found.append(-_at(pooled, targets) if measure == "nll" else -(pooled.exp() * pooled).sum(dim=-1))
+            if measure == "kl":
+                found.append(target_kl(pooled, cache.read(here.numpy()).to(pooled.device), cache.temperature))
+            else:
+                found.append(-_at(pooled, labels) if measure == "nll" else -(pooled.exp() * pooled).sum(dim=-1))
     return torch.cat(found).float().cpu().numpy()
 
 
@@ -163,13 +173,17 @@ class _Chunks:
     pool: Callable[..., Tensor] | None
     weights: Tensor | None
 
+    @property
+    def size(self) -> int:
+        """Positions in a chunk."""
+        return max(1, CHUNK // (len(self.heads) * len(self.heads[0][0])))
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
         layers = [
             (state, weight.to(state.dtype), bias) for state, (weight, bias) in zip(self.states, self.heads, strict=True)
         ]
-        size = max(1, CHUNK // (len(layers) * len(layers[0][1])))
-        for start in range(0, len(self.targets), size):
-            part = slice(start, start + size)
+        for start in range(0, len(self.targets), self.size):
+            part = slice(start, start + self.size)
             members = torch.stack([log_probs(head_logits(state[part], *layer)) for state, *layer in layers])
             weights = None if self.weights is None else self.weights[part].T
             yield members, members[0] if self.pool is None else self.pool(members, weights=weights), self.targets[part], weights

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdlib.losses.targets import SparseTargets
+from kdlib.losses.targets import DenseTargets, PooledTargets, SparseTargets
 
 IGNORED = -100
 
@@ -53,6 +53,20 @@ def sparse_kl(student_logits: Tensor, targets: SparseTargets) -> Tensor:
         log_rest = log_s.masked_fill(kept | log_s.isneginf(), -torch.inf).logsumexp(-1)
         cross = cross - torch.where(targets.tail > 0, targets.tail * log_rest, 0)
     return targets.temperature**2 * (cross - targets.entropy)
+
+
+def target_kl(logits: Tensor, targets: SparseTargets | DenseTargets | PooledTargets, temperature: float = 1.0) -> Tensor:
+    """KL(t || s) per token, in nats, of targets t and s = softmax(logits / tau), without a factor tau^2.
+
+    Of draws it is the cross-entropy to them less the entropy that was kept with them: an estimate that may be negative, and
+    that is unbiased but for the one byte of that entropy.
+
+    Args:
+        logits: [T, V]; temperature: tau, of sparse targets their own.
+    """
+    sparse = isinstance(targets, SparseTargets)
+    loss = sparse_kl(logits, targets) if sparse else forward_kl(logits, targets.logits(), temperature)
+    return loss / temperature**2
 
 
 def distillation_loss(

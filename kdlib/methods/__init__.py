@@ -9,10 +9,12 @@ from abc import ABC, abstractmethod
 from importlib import import_module
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from kdlib.errors import KdlibError
+from kdlib.study.parameters import Share
 from kdlib.study.plan import Planner, Step
+from kdlib.study.schedules import scheduled
 
 
 class Method(BaseModel, ABC):
@@ -23,9 +25,56 @@ class Method(BaseModel, ABC):
     seeds: list[int] = Field(min_length=1, description="one member a seed")
     student: dict[str, Any] = Field({}, description="what sets all members apart from the profile's student section")
 
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_differ(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"seeds must be unique, since a member is a seed, got {seeds}")
+        return seeds
+
     @abstractmethod
     def members(self, plan: Planner) -> list[Step]:
         """The member runs, in order."""
+
+    def student_on(self, text: str | dict[str, Any]) -> dict[str, Any]:
+        """The student's settings with the text that the method gives it.
+
+        Raises:
+            KdlibError: they name a text of their own.
+        """
+        if "text" in self.student:
+            raise KdlibError(f"text of student must be left out, since the method chooses it, got {self.student['text']}.")
+        return self.student | {"text": text}
+
+
+class Taught(Method):
+    """A way in which members are taught by members before them; a subclass says by which.
+
+    The first is the profile's student with ``first`` on top, and with the student's own ``kd_weight``.
+    """
+
+    kd_weight: scheduled(Share) | None = Field(
+        None, description="of the members that are taught by others, constant or on a schedule; None: the student's"
+    )
+    first: dict[str, Any] = Field({}, description="what sets the first member apart, such as {objective: ce}: taught by text alone")
+
+    @abstractmethod
+    def teacher(self, before: list[Step]) -> Any:
+        """Who teaches the next member: one of those before it, or a list of them, which stands for their probability pool."""
+
+    def members(self, plan: Planner) -> list[Step]:
+        """A student a seed, each but the first taught by members before it.
+
+        Raises:
+            KdlibError: objective ce, which no teacher reaches.
+        """
+        found = [plan.student(**self.student | self.first | {"seed": self.seeds[0]})]
+        own = {} if self.kd_weight is None else {"kd_weight": self.kd_weight}
+        for seed in self.seeds[1:]:
+            found.append(plan.student(**self.student | own | {"seed": seed, "teacher": self.teacher(found)}))
+            if found[-1].parameters.objective == "ce":
+                raise KdlibError("objective of members must be kd or online_kd to be taught by others, got ce. Give it to `first` alone.")
+        return found
 
 
 def names() -> list[str]:
@@ -45,6 +94,12 @@ def load(name: str, **options: Any) -> Method:
     try:
         return found.model_validate(options)
     except ValidationError as error:
-        told = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']} (got {one['input']!r})" for one in error.errors())
-        allowed = ", ".join(set(found.model_fields) - {"seeds", "student"}) or "none"
+        told = "; ".join(f"{'.'.join(map(str, one['loc']))}: {_plain(one)}" for one in error.errors())
+        allowed = ", ".join(name for name in found.model_fields if name not in Method.model_fields) or "none"
         raise KdlibError(f"Options of method {name} must be among {allowed}, got {told}.") from None
+
+
+def _plain(problem: dict) -> str:
+    # Our own validators say what they found.
+    found = "" if problem["type"] == "value_error" else f" (got {problem['input']!r})"
+    return problem["msg"].removeprefix("Value error, ") + found

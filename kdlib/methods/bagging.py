@@ -2,7 +2,6 @@
 
 from pydantic import Field
 
-from kdlib.errors import KdlibError
 from kdlib.methods import Method
 from kdlib.study.plan import Planner, Step
 
@@ -17,10 +16,8 @@ class Bagging(Method):
 
     def members(self, plan: Planner) -> list[Step]:
         """The profile's student with each seed, on a sample drawn with that seed."""
-        if "text" in self.student:
-            raise KdlibError(f"text must be left out of a bagged student, since its sample is its text, got {self.student['text']}.")
         epochs = plan.student(**self.student).parameters.epochs / self.share
-        return [plan.student(**self.student | {"seed": seed, "epochs": epochs, "text": self._sample(seed)}) for seed in self.seeds]
+        return [plan.student(**self.student_on(self._sample(seed)) | {"seed": seed, "epochs": epochs}) for seed in self.seeds]
 
     def _sample(self, seed: int) -> dict:
         return {"bagged": {"share": self.share, "seed": seed}}

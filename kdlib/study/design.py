@@ -72,16 +72,14 @@ def comparison(profile: str) -> tuple[Entry, ...]:
     untrained = {"objective": "ce", "epochs": 0}
     found += _ensembles(plan, f"{UNTRAINED} ensemble", UNTRAINED, groups[:1], ["probability"], student=untrained)
     for name, options in wanted.methods.items():
-        student = options.get("student", {})
-        objective = parameters("04_student", profile, **student).objective
-        found += _ensembles(plan, name, objective, groups, wanted.pools, **{"method": name, **options})
+        found += _ensembles(plan, name, None, groups, wanted.pools, **{"method": name, **options})
     return tuple(found)
 
 
 def _ensembles(
     plan: Planner,
     name: str,
-    objective: str,
+    objective: str | None,
     groups: Sequence[list[int]],
     pools: Sequence[str],
     method: str = "independent",
@@ -96,7 +94,9 @@ def _ensembles(
             label = f"{name} {repeat}, {pool} pool"
             step = plan.step(parameters("05_ensemble", plan.profile, **asked), label)
             shown = name if objective == UNTRAINED else f"{name} ({pool} pool)"
-            found.append(Entry(shown, "ensemble", repeat, step, objective, method, pool, members))
+            # The first of a chain may learn otherwise than the rest, and a method may need another objective than the section's.
+            trained = objective or members[-1].parameters.objective
+            found.append(Entry(shown, "ensemble", repeat, step, trained, method, pool, members))
     return found
 
 
