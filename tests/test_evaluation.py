@@ -16,8 +16,9 @@ from kdlib.analysis.statistics import pool_target_logprobs
 from kdlib.data.corpus import Split, pack, predicting_positions
 from kdlib.ensemble.model import EnsembleForCausalLM
 from kdlib.errors import KdlibError
+from kdlib.evaluation import at_bound
 from kdlib.evaluation import metrics as evaluation
-from kdlib.evaluation.metrics import evaluate, fit_temperature, position_scores
+from kdlib.evaluation.metrics import _tell_of_bound, evaluate, fit_temperature, position_scores
 from kdlib.evaluation.positions import hidden_states
 from kdlib.evaluation.reliability import BINS, count, count_pairs, ece
 
@@ -158,7 +159,15 @@ def test_labels_drawn_at_temperature_two_are_found_to_need_temperature_two():
 @pytest.mark.parametrize(("label", "bound"), [(1, 20.0), (0, 0.05)])
 def test_a_temperature_without_an_optimum_stops_at_the_end_of_the_range(label, bound):
     scores = functional.log_softmax(torch.tensor([[0.3, 0.0]]).expand(50, 2), -1)  # always wrong, or always right
-    assert fit_temperature(lambda: [(scores, torch.full((50,), label))]) == pytest.approx(bound, rel=1e-3)
+    found = fit_temperature(lambda: [(scores, torch.full((50,), label))])
+    assert found == pytest.approx(bound, rel=1e-5) and at_bound(found) and not at_bound(found * 1.01)
+
+
+def test_an_evaluation_tells_of_a_temperature_at_its_bound(capsys):
+    _tell_of_bound(1.5)
+    assert capsys.readouterr().out == ""
+    _tell_of_bound(0.05)
+    assert "at a bound of its range (0.05 to 20), got 0.05" in capsys.readouterr().out
 
 
 def test_uniform_predictions_fit_every_temperature_and_keep_one():

@@ -26,6 +26,7 @@ from kdlib.data.corpus import Split, pack, predicting_positions
 from kdlib.ensemble.model import EnsembleForCausalLM
 from kdlib.ensemble.pooling import POOLS, label_ambiguity, log_probs, logit_ambiguity, pool_of
 from kdlib.errors import KdlibError
+from kdlib.evaluation import TEMPERATURES, at_bound
 from kdlib.evaluation.positions import hidden_states, routed_weights
 from kdlib.evaluation.reliability import BINS, FIELDS, count, count_pairs, ece
 from kdlib.losses.logits import head_logits
@@ -34,7 +35,6 @@ from kdlib.models import extent, head, operations
 from kdlib.study.work import Entry, entry
 
 CHUNK = 2**23  # log-probabilities held at once, all members together: 32 MiB of float32
-TEMPERATURES = (0.05, 20.0)  # range searched
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ def evaluate(
                 chunks = _chunks(members, split, index, batch_size, autocast, combined)
                 if temperature is None:
                     temperature = fit_temperature(lambda chunks=chunks: ((pooled, y) for _, pooled, y, _ in chunks))
+                    _tell_of_bound(temperature)
                 found[name] = _measure(name, chunks, temperature)
                 del chunks
     finally:
@@ -219,6 +220,12 @@ def fit_temperature(chunks: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> fl
         if abs(proposal - beta) <= 1e-5 * beta:
             return 1 / proposal
         beta = proposal
+
+
+def _tell_of_bound(temperature: float) -> None:
+    if at_bound(temperature):
+        low, high = TEMPERATURES
+        print(f"The fitted temperature is at a bound of its range ({low:g} to {high:g}), got {temperature:.4g}: none calibrates this model.")
 
 
 def _measure(name: str, chunks: _Chunks, temperature: float) -> dict[str, Any]:
