@@ -38,9 +38,8 @@ def write(profile: str, sources: int = 12, seed: int = 0, grids: Sequence[str] =
                 "device": "invented processor, 2 threads",
             }
         }
-        metrics |= {"corpus": _corpus, "targets": _targets, "scores": _scores, "fidelity": _fidelity}.get(step.kind, _model)(
-            step, documents, folder, rng
-        )
+        invented = {"corpus": _corpus, "targets": _targets, "scores": _scores, "clusters": _clusters, "fidelity": _fidelity}
+        metrics |= invented.get(step.kind, _model)(step, documents, folder, rng)
         metrics["work"] = _work(step, metrics)
         store.write_json(folder / "settings.json", step.settings)
         store.write_json(
@@ -108,6 +107,10 @@ def _corpus(step, documents, folder, rng) -> dict:
 
 def _scores(step, documents, folder, rng) -> dict:
     return {"tokens": int(documents.tokens.sum()), "mean": 3.0, "low": 0.1, "median": 2.5, "high": 8.0}
+
+
+def _clusters(step, documents, folder, rng) -> dict:
+    return {"documents": [90, 90], "cluster_tokens": [9000, 11000], "distance": 0.8, "at_nearest": 0.9}
 
 
 def _targets(step, documents, folder, rng) -> dict:

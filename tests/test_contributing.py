@@ -138,9 +138,9 @@ def a_text(folder: Path) -> None:
 
 
 def a_kind(folder: Path) -> None:
-    told = kdlib(folder, "list", "08_novelty", "--profile", "smoke")
+    told = kdlib(folder, "list", "09_novelty", "--profile", "smoke")
     assert "n = 4" in told and "looked for together" in told
-    kdlib(folder, "run", "notebooks/08_novelty.ipynb", "--profile", own_text(folder), "--set", "n=2")
+    kdlib(folder, "run", "notebooks/09_novelty.ipynb", "--profile", own_text(folder), "--set", "n=2")
     (metrics,) = (folder / "results/mine/runs").glob("novelty-*/metrics.json")
     assert 0 < yaml.safe_load(metrics.read_text(encoding="utf-8"))["novel"] < 1
 

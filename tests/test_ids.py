@@ -21,6 +21,7 @@ FROZEN = {
     "teacher": {"low_precision": "none"},
     "targets": {"source": "teacher", "proposal": 1.0, "stratified": False},
     "scores": {},
+    "clusters": {},
     "student": {
         "low_precision": "none",
         "divergence": "forward_kl",
@@ -85,6 +86,12 @@ OTHERS = {
         "targets": ({"measure": "kl", "scorer": {"student": {"objective": "ce"}}}, {"targets": {"draws": 8}}),
         "precision": ({}, "bfloat16"),
     },
+    "clusters": {
+        "clusters": ({}, 3),
+        "dimensions": ({}, 50),
+        "random": ({}, True),
+        "seed": ({}, 7),
+    },
     "student": TRAINING
     | {
         "objective": ({}, "ce"),
@@ -144,6 +151,12 @@ WAYS = {
         "share": (CHOSEN, 0.6),
         "temperature": ({"mode": "weighted", "measure": "nll", "temperature": 1.0}, 2.0),
         "domains": (CHOSEN, {"speeches": 1.0}),
+    },
+    "clustered": {
+        "by": ({"cluster": 1}, {"clusters": {"clusters": 3}}),
+        "cluster": ({"cluster": 1}, 2),
+        "own": ({"cluster": 1}, 0.6),
+        "seed": ({"cluster": 1}, 2),
     },
     "generated": {
         "by": ({}, {"student": {"objective": "ce"}}),
@@ -266,7 +279,7 @@ def test_every_setting_of_a_text_is_part_of_an_id(way, name):
 
 
 def test_every_text_is_another_student():
-    said = {"bagged": {"share": 0.5, "seed": 1}, "selected": CHOSEN}
+    said = {"bagged": {"share": 0.5, "seed": 1}, "selected": CHOSEN, "clustered": {"cluster": 1}}
     found = [step("student", objective="online_kd", text={way: said[way]} if way in said else way).id for way in WAYS]
     assert set(WAYS) == set(text.ways()) and len(set(found)) == len(WAYS)
 

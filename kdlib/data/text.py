@@ -1,6 +1,6 @@
 """What a student trains on: documents of a split, perhaps chosen, repeated, weighted or made up.
 
-A *way* of choosing is a settings class in a module of this room: bagged, selected, generated, random_tokens. In a profile it is
+A *way* of choosing is a settings class in a module of this room: bagged, selected, clustered, generated, random_tokens. In a profile it is
 ``text: {way: settings}``, or its name alone where it needs none; ``text: corpus`` is the whole train split.
 """
 
@@ -80,6 +80,7 @@ class Way(BaseModel):
 def ways() -> dict[str, type[Way]]:
     """The settings class of every way, by name."""
     from kdlib.data.bagged import Bagged
+    from kdlib.data.clustered import Clustered
     from kdlib.data.generated import Generated
     from kdlib.data.random_tokens import Uniform, Unigram
     from kdlib.data.selected import Selected
@@ -88,6 +89,7 @@ def ways() -> dict[str, type[Way]]:
         "corpus": Way,
         "bagged": Bagged,
         "selected": Selected,
+        "clustered": Clustered,
         "generated": Generated,
         "uniform": Uniform,
         "unigram": Unigram,

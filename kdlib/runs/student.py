@@ -112,7 +112,8 @@ class Parameters(parameters.TrainingParameters):
     )
     text: Text = Field(
         "corpus",
-        description="trained on: corpus, uniform or unigram (random tokens), {bagged: {…}}, {selected: {…}}, {generated: {…}}",
+        description="trained on: corpus, uniform or unigram (random tokens), {bagged: {…}}, {selected: {…}}, {clustered: {…}}, {generated: "
+        "{…}}",
     )
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ KINDS = (
     "teacher",
     "targets",
     "scores",
+    "clusters",
     "student",
     "ensemble",
     "fidelity",
