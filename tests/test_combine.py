@@ -20,7 +20,7 @@ from kdlib.study.store import Run
 
 CE = {"objective": "ce"}
 # Two that are as good as each other, and one that knows nothing.
-MEMBERS = [{"student": CE | {"seed": 1}}, {"student": CE | {"seed": 2}}, {"student": CE | {"seed": 3, "epochs": 0}}]
+MEMBERS = [{"student": CE | {"seed": 1, "epochs": 8}}, {"student": CE | {"seed": 2, "epochs": 8}}, {"student": CE | {"seed": 3, "epochs": 0}}]
 
 
 def ensemble(profile, **settings):
@@ -153,6 +153,52 @@ def test_a_calibrated_ensemble_is_saved_with_the_temperature_that_its_metrics_te
     ids = torch.arange(5, 15)[None]
     softened = torch.log_softmax(other(ids).logits / run.metrics["temperature"], -1)
     assert torch.allclose(model(ids).logits, softened, atol=1e-5)
+
+
+def specialists(profile, **settings):
+    return make(profile, "05_ensemble", method="cbtm", student=CE, seeds=[1, 2], **settings)
+
+
+def test_specialists_are_routed_by_the_distance_to_their_clusters(profile):
+    settings = {"exponent": 2, "temperature": 0.05}
+    run, uniform = specialists(profile, combine={"distance": settings}), specialists(profile)
+    assert run.metrics["members"] == uniform.metrics["members"] and run.id != uniform.id
+    assert sorted(run.metrics["combine"]["clusters"].values()) == [0, 1]
+    for number, place in run.metrics["combine"]["clusters"].items():
+        settings_of = next(one for one in step_of(profile).inputs.values() if one.id == number).parameters
+        assert settings_of.text["clustered"]["cluster"] == place
+    pool = run.metrics["pool"]["test"]
+    assert sum(pool["weights"]) == pytest.approx(1) and pool["weights"] != pytest.approx([0.5, 0.5], abs=1e-4)
+    model = artefacts.load_model(run)
+    assert (model.router.exponent, model.router.temperature) == (2, 0.05)
+    kept = model.router.prefix.token_vectors
+    assert len(kept) == model.config.vocab_size
+    ids = torch.arange(5, 15)[None]
+    written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+    assert written.shape[1] > 10
+    level = specialists(profile, combine={"distance": {"temperature": 1e6}})
+    assert level.metrics["evaluation"]["test"]["nll"] == pytest.approx(uniform.metrics["evaluation"]["test"]["nll"], abs=1e-5)
+
+
+def step_of(profile):
+    return step(profile, "05_ensemble", method="cbtm", student=CE, seeds=[1, 2])
+
+
+def test_a_gate_is_made_with_the_members_own_clusters_or_those_that_are_named(profile):
+    asked = {"share": 0.1, "learning_rate": 1e-2, "epochs": 8}
+    run = specialists(profile, combine={"gate": asked})
+    told = run.metrics["combine"]
+    assert told["share_of_member"] <= 0.1 and told["kl"][-1] < told["kl"][0]
+    assert run.metrics["work"]["train"]["flops"] > 0
+    own = step(profile, "05_ensemble", method="cbtm", student=CE, seeds=[1, 2], combine={"gate": asked})
+    assert own.id == run.id and own.inputs["clusters"].parameters.clusters == 2
+    named = step(profile, "05_ensemble", seeds=[1, 2], combine={"gate": asked | {"clusters": {"clusters": {"clusters": 3}}}})
+    assert named.inputs["clusters"].parameters.clusters == 3
+    assert not {"clusters", "targets"} & set(named.settings["parameters"]["combine"]["gate"])
+    drawn = {"targets": {"targets": {"draws": 8}}}
+    other = step(profile, "05_ensemble", method="cbtm", student=CE, seeds=[1, 2], combine={"gate": asked | drawn})
+    assert other.id != own.id and other.settings["parameters"] == own.settings["parameters"]
+    assert artefacts.load_model(run).router.hidden.out_features == 32
 
 
 @pytest.fixture
