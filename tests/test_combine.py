@@ -19,8 +19,9 @@ from kdlib.study.combining import Combine
 from kdlib.study.store import Run
 
 CE = {"objective": "ce"}
-# Two that are as good as each other, and one that knows nothing.
-MEMBERS = [{"student": CE | {"seed": 1, "epochs": 8}}, {"student": CE | {"seed": 2, "epochs": 8}}, {"student": CE | {"seed": 3, "epochs": 0}}]
+# Two that know a few documents by heart, not the same ones, and one that knows nothing.
+MEMBERS = [{"student": CE | {"epochs": 40, "text": {"bagged": {"share": 0.1, "seed": seed}}}} for seed in (1, 2)]
+MEMBERS.append({"student": CE | {"epochs": 0}})
 
 
 def ensemble(profile, **settings):
