@@ -18,7 +18,9 @@ from kdlib.ensemble.model import EnsembleForCausalLM
 from kdlib.errors import KdlibError
 from kdlib.evaluation import at_bound
 from kdlib.evaluation import metrics as evaluation
-from kdlib.evaluation.metrics import _tell_of_bound, ece, evaluate, fit_temperature, hidden_states, position_scores
+from kdlib.evaluation.metrics import _tell_of_bound, evaluate, fit_temperature, position_scores
+from kdlib.evaluation.positions import hidden_states
+from kdlib.evaluation.reliability import BINS, count, count_pairs, ece
 
 VOCABULARY, BLOCK = 67, 16
 
@@ -178,9 +180,9 @@ def test_a_calibrated_simulator_has_a_calibration_error_that_vanishes_with_n():
     for n in (300, 30_000):
         p = functional.softmax(3 * torch.randn(n, 12, generator=generator), -1)
         labels = torch.multinomial(p, 1, generator=generator)[:, 0]
-        top, pairs = torch.zeros(3, evaluation.BINS).double(), torch.zeros(3, evaluation.BINS).double()
-        evaluation._count(top, p.amax(-1), p.argmax(-1) == labels)
-        evaluation._count_pairs(pairs, p.log(), labels)
+        top, pairs = torch.zeros(3, BINS).double(), torch.zeros(3, BINS).double()
+        count(top, p.amax(-1), p.argmax(-1) == labels)
+        count_pairs(pairs, p.log(), labels)
         errors.append((ece(*top), ece(*pairs, total=n)))
     assert errors[0][0] > 0.03 and errors[0][1] > 0.05
     assert errors[1][0] < 0.015 and errors[1][1] < 0.02

@@ -31,7 +31,7 @@ FROZEN = {
         "stages": [],
         "text": "corpus",
     },
-    "ensemble": {},
+    "ensemble": {"combine": None, "calibrate": False},
     "fidelity": {},
 }
 # Another value of every setting, beside what a run must say for it to be read.
@@ -119,6 +119,8 @@ OTHERS = {
         "seeds": ({}, [1, 3]),
         "members": ({}, [{"student": {"seed": 1}}, "scratch"]),
         "pool": ({}, "logit"),
+        "combine": ({}, {"weights": "learned"}),
+        "calibrate": ({}, True),
         "precision": ({}, "bfloat16"),
     },
     "fidelity": {

@@ -4,22 +4,26 @@ Importing this module registers the ``kdlib_ensemble`` type with ``AutoConfig`` 
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from kdlib.ensemble.pooling import POOLS, log_probs
+from kdlib.ensemble.pooling import POOLS, log_probs, pool_of
+from kdlib.ensemble.routing import Router, empty_router
 from kdlib.errors import KdlibError
 
 
 class EnsembleConfig(PreTrainedConfig):
     """``members``: the members' own configurations as dictionaries; ``pool``: "probability" or "logit".
+
+    ``exponent``: of a power mean, in place of ``pool``. ``weights``: one a member, None for equal ones. ``router``: description of a
+    router (``describe()``), whose tensors are saved with the members', None for none.
 
     ``calibration_temperature`` divides the pooled log-probabilities (1 leaves the pool bit for bit). It is not called
     ``temperature``: that name is the sampling temperature of ``generate``, and transformers would apply it a second
@@ -30,6 +34,9 @@ class EnsembleConfig(PreTrainedConfig):
 
     members: list[dict[str, Any]] | tuple = ()
     pool: str = "probability"
+    exponent: float | None = None
+    weights: list[float] | tuple | None = None
+    router: dict[str, Any] | None = None
     calibration_temperature: float = 1.0
     vocab_size: int = 0
     max_position_embeddings: int | None = None
@@ -39,10 +46,14 @@ class EnsembleConfig(PreTrainedConfig):
 
 
 class EnsembleCache(Cache):
-    """The members' caches as one: its layers are theirs, so reordering, cropping and selecting reach all of them."""
+    """The members' caches as one: its layers are theirs, so reordering, cropping and selecting reach all of them.
 
-    def __init__(self, members: Sequence[Cache]):
-        super().__init__(layers=[layer for member in members for layer in member.layers])
+    ``router``: whether there is one, whose running sums are a layer more.
+    """
+
+    def __init__(self, members: Sequence[Cache], router: bool = False):
+        self.router = DynamicLayer() if router else None
+        super().__init__(layers=[layer for member in members for layer in member.layers] + [self.router] * router)
         self.members = tuple(members)
 
 
@@ -61,6 +72,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             member_config = AutoConfig.for_model(**member)
             member_config.dtype = torch.get_default_dtype()
             self.members.append(AutoModelForCausalLM.from_config(member_config, attn_implementation=attention))
+        self.router = empty_router(config.router) if config.router else None
         self.post_init()
         # post_init collects tied weights from direct children only, and the members are the children of a list.
         self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
@@ -72,17 +84,20 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         pool: str = "probability",
         temperature: float = 1.0,
         tokenizers: Sequence[Any] | None = None,
+        weights: Sequence[float] | None = None,
+        exponent: float | None = None,
+        router: Router | None = None,
     ) -> "EnsembleForCausalLM":
         """An ensemble that holds these very models (not copies) and is, as they then are, in evaluation mode.
 
         ``temperature``: calibration temperature of the pool. ``tokenizers``: the members' own (fast) tokenizers,
-        compared if given. Raises KdlibError for members that differ in vocabulary, special tokens, tokenizer or
-        precision.
+        compared if given. ``weights``: of the members, default equal; ``router``: weights at each position, in their place.
+        ``exponent``: of a power mean, in place of ``pool``. Raises KdlibError for members that differ in vocabulary, special
+        tokens, tokenizer or precision, and for a way to combine them that does not fit them.
         """
         members = list(members)
         _refuse_unlike(members, tokenizers)
-        if pool not in POOLS:
-            raise KdlibError(f"`pool` must be one of {sorted(POOLS)}, got {pool!r}.")
+        _refuse_unfit(members, pool, weights, exponent, router)
         if not 0 < temperature < float("inf"):
             raise KdlibError(f"`temperature` of a pool must be positive and finite, got {temperature}. 1 changes nothing.")
         configs = [member.config.to_dict() for member in members]
@@ -90,6 +105,9 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         config = cls.config_class(
             members=[{key: value for key, value in config.items() if key != "_name_or_path"} for config in configs],
             pool=pool,
+            exponent=exponent,
+            weights=None if weights is None else [float(one) for one in weights],
+            router=None if router is None else router.describe(),
             calibration_temperature=float(temperature),
             max_position_embeddings=min(filter(None, lengths), default=None),
             dtype=members[0].dtype,
@@ -98,8 +116,14 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         with torch.device("meta"):
             ensemble = cls(config)
         ensemble.members = nn.ModuleList(members)
+        ensemble.router = router
         ensemble.generation_config = copy.deepcopy(members[0].generation_config)
         return ensemble.eval()
+
+    @property
+    def pool(self) -> Callable[..., Tensor]:
+        """Log-probabilities [K, ..., V] of the members -> those of the pool, uncalibrated; a router's weights go with them."""
+        return pool_of(self.config.pool, self.config.exponent, self.config.weights)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -121,9 +145,16 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         keywords go to that loss).
         """
         if past_key_values is None and use_cache:
-            past_key_values = EnsembleCache([DynamicCache(config=member.config) for member in self.members])
+            caches = [DynamicCache(config=member.config) for member in self.members]
+            past_key_values = EnsembleCache(caches, self.router is not None)
         caches = past_key_values.members if past_key_values is not None else [None] * len(self.members)
-        pooled = POOLS[self.config.pool](
+        weights = {}
+        if self.router is not None:
+            sums = None if past_key_values is None else past_key_values.router
+            routed = self.router(input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=sums)
+            kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            weights["weights"] = routed[:, kept].movedim(-1, 0)
+        pooled = self.pool(
             torch.stack(
                 [
                     log_probs(
@@ -138,7 +169,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
                     )
                     for member, cache in zip(self.members, caches, strict=True)
                 ]
-            )
+            ),
+            **weights,
         )
         if self.config.calibration_temperature != 1:
             pooled = log_probs(pooled / self.config.calibration_temperature)
@@ -149,6 +181,23 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 VOCABULARY = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def _refuse_unfit(members: list, pool: str, weights: Sequence[float] | None, exponent: float | None, router: Router | None) -> None:
+    """A pool there is, and weights or a router for just these members."""
+    if pool not in POOLS:
+        raise KdlibError(f"`pool` must be one of {sorted(POOLS)}, got {pool!r}.")
+    if weights is not None and router is not None:
+        raise KdlibError("An ensemble must have weights or a router, got both. Leave out `weights`.")
+    # Tried on one token that all members agree about: what does not fit is told now, and not by a pass over a text.
+    pool_of(pool, exponent, weights)(torch.zeros(len(members), 1))
+    if router is not None:
+        found, vocabulary = router.describe(), members[0].config.vocab_size
+        if (found["members"], found["vectors"][0]) != (len(members), vocabulary):
+            raise KdlibError(
+                f"`router` must be of {len(members)} members and {vocabulary} tokens, got one of {found['members']} and "
+                f"{found['vectors'][0]}. Make it for these members."
+            )
 
 
 def _refuse_unlike(members: list[PreTrainedModel], tokenizers: Sequence[Any] | None) -> None:

@@ -5,7 +5,7 @@ Every function takes log-probabilities [K, ..., V], members first, and computes 
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,57 +20,105 @@ def log_probs(logits: Tensor) -> Tensor:
 
 
 def probability_pool(log_probs: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Log of the members' mean probability, log Σ_k w_k p_k; ``weights`` [K] sum to 1 (default 1/K).
+    """Log of the members' mean probability, log Σ_k w_k p_k; ``weights`` sum to 1 over members (default 1/K).
 
     Works on any slice of the distributions too: the members' log-probabilities of one token give the pool's. Raises
     KdlibError for weights that are no distribution over the members.
+
+    Args:
+        weights: [K], or [K, ...] with a distribution over the members at each position.
     """
     log_probs = _wide(log_probs)
-    members = len(log_probs)
     if weights is None:
-        return _sum(log_probs) - math.log(members)
-    weights = weights.to(log_probs)
-    if weights.shape != (members,) or (weights < 0).any() or not torch.isclose(weights.sum(), weights.new_ones(())):
-        raise KdlibError(
-            f"`weights` must be {members} non-negative numbers that sum to 1, one for each member, got shape "
-            f"{tuple(weights.shape)}, minimum {weights.min():.3g}, sum {weights.sum():.6g}. Normalise them."
-        )
-    return _sum(one + weight for one, weight in zip(log_probs, weights.log(), strict=True))
+        return _sum(log_probs) - math.log(len(log_probs))
+    # A finite logarithm of 0: it weighs nothing, and its gradient is no NaN where several members weigh nothing.
+    log_weights = _weights(weights, log_probs).log().clamp(min=-1e4)
+    return _sum(one + weight for one, weight in zip(log_probs, log_weights, strict=True))
 
 
-def logit_pool(log_probs: Tensor) -> Tensor:
-    """Log of the normalised geometric mean, log softmax(mean_k log p_k): the same pool as the mean of the logits."""
-    log_probs = _wide(log_probs)
+def logit_pool(log_probs: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Log of the normalised geometric mean, log softmax(Σ_k w_k log p_k): the same pool as that mean of the logits."""
+    mean = _mean(log_probs, weights)
     if len(log_probs) == 1:
-        return log_probs[0]  # normalising a normalised distribution again would move its last bit
-    return functional.log_softmax(log_probs.mean(dim=0), dim=-1)
+        return mean  # normalising a normalised distribution again would move its last bit
+    return functional.log_softmax(mean, dim=-1)
+
+
+def power_pool(log_probs: Tensor, exponent: float, weights: Tensor | None = None) -> Tensor:
+    """Log of the normalised power mean, (Σ_k w_k p_k^r)^(1/r) / Z with ``exponent`` r in (0, 1].
+
+    r = 1 is the probability pool, and r → 0 the geometric one; the rounding of the logarithm is divided by r.
+    (Hardy, Littlewood & Pólya, Inequalities, 1934, chapter 2.) Raises KdlibError for another exponent.
+    """
+    if not 0 < exponent <= 1:
+        raise KdlibError(f"`exponent` of a power mean must be above 0 and at most 1, got {exponent}. For 0 take the logit pool.")
+    if exponent == 1:
+        return probability_pool(log_probs, weights)
+    mean = probability_pool(_wide(log_probs) * exponent, weights) / exponent
+    return _wide(log_probs)[0] if len(log_probs) == 1 else functional.log_softmax(mean, dim=-1)
 
 
 POOLS = {"probability": probability_pool, "logit": logit_pool}
 
 
-def logit_ambiguity(log_probs: Tensor) -> Tensor:
-    """Gain of the geometric pool q over its members at each position: −log Z = mean_k KL(q‖p_k) ≥ 0, nats, [...].
+def pool_of(name: str, exponent: float | None = None, weights: Sequence[float] | None = None) -> Callable[..., Tensor]:
+    """The pool of that name, or the power mean with that exponent: log-probabilities [K, ..., V] -> those of the pool.
 
-    For any outcome y, −log q(y) = mean_k(−log p_k(y)) − ambiguity: it does not depend on y (Heskes, Selecting
-    weighting factors in logarithmic opinion pools, 1998).
+    Args:
+        weights: of the members; without them the pool takes weights with each call, or none.
     """
-    return -torch.logsumexp(_wide(log_probs).mean(dim=0), dim=-1)
+    pool = POOLS[name] if exponent is None else functools.partial(power_pool, exponent=exponent)
+    return pool if weights is None else functools.partial(pool, weights=torch.tensor(weights, dtype=torch.float64))
 
 
-def probability_ambiguity(log_probs: Tensor, target: Tensor) -> Tensor:
+def logit_ambiguity(log_probs: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Gain of the geometric pool q over its members at each position: −log Z = Σ_k w_k KL(q‖p_k) ≥ 0, nats, [...].
+
+    For any outcome y, −log q(y) = Σ_k w_k(−log p_k(y)) − ambiguity: it does not depend on y (Heskes, Selecting
+    weighting factors in logarithmic opinion pools, 1998). ``weights`` as for :func:`probability_pool`.
+    """
+    return -torch.logsumexp(_mean(log_probs, weights), dim=-1)
+
+
+def probability_ambiguity(log_probs: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
     """Gain of the arithmetic pool p̄ over its members under a target distribution t [..., V], nats, [...].
 
-    mean_k KL(t‖p_k) − KL(t‖p̄) = Σ_v t_v [log p̄_v − mean_k log p_k(v)] ≥ 0. For an observed label it is
-    ``label_ambiguity`` of the label's log-probabilities.
+    Σ_k w_k KL(t‖p_k) − KL(t‖p̄) = Σ_v t_v [log p̄_v − Σ_k w_k log p_k(v)] ≥ 0. For an observed label it is
+    ``label_ambiguity`` of the label's log-probabilities. ``weights`` as for :func:`probability_pool`.
     """
-    gain = label_ambiguity(log_probs)
+    gain = label_ambiguity(log_probs, weights)
     return torch.where(target > 0, target * gain, 0.0).sum(dim=-1)
 
 
-def label_ambiguity(target_log_probs: Tensor) -> Tensor:
-    """log p̄(y) − mean_k log p_k(y) ≥ 0 from the members' log-probabilities of the observed labels [K, ...]."""
-    return probability_pool(target_log_probs) - _wide(target_log_probs).mean(dim=0)
+def label_ambiguity(target_log_probs: Tensor, weights: Tensor | None = None) -> Tensor:
+    """log p̄(y) − Σ_k w_k log p_k(y) ≥ 0 from the members' log-probabilities of the observed labels [K, ...]."""
+    return probability_pool(target_log_probs, weights) - _mean(target_log_probs, weights)
+
+
+def _mean(log_probs: Tensor, weights: Tensor | None) -> Tensor:
+    """Weighted mean of the log-probabilities over the members; one that weighs 0 takes no part, were it −∞."""
+    log_probs = _wide(log_probs)
+    if weights is None:
+        return log_probs.mean(dim=0) if len(log_probs) > 1 else log_probs[0]
+    weights = _weights(weights, log_probs)
+    return sum(torch.where(weight > 0, weight * one, 0.0) for one, weight in zip(log_probs, weights, strict=True))
+
+
+def _weights(weights: Tensor, log_probs: Tensor) -> Tensor:
+    """Weights [K, ..., 1] of the dtype and on the device of the log-probabilities, for them to be multiplied with."""
+    weights, members = weights.to(log_probs), len(log_probs)
+    if not 0 < weights.ndim <= log_probs.ndim or weights.shape != log_probs.shape[: weights.ndim]:
+        raise KdlibError(
+            f"`weights` must be {members} non-negative numbers that sum to 1, one for each member, got shape {tuple(weights.shape)} "
+            f"for log-probabilities {tuple(log_probs.shape)}."
+        )
+    total = weights.sum(dim=0)
+    if (weights < 0).any() or not torch.isclose(total, torch.ones_like(total)).all():
+        raise KdlibError(
+            f"`weights` must be {members} non-negative numbers that sum to 1, one for each member, got minimum {weights.min():.3g}, "
+            f"sums {total.min():.6g} to {total.max():.6g}. Normalise them."
+        )
+    return weights.reshape(*weights.shape, *[1] * (log_probs.ndim - weights.ndim))
 
 
 def _sum(log_probs: Iterable[Tensor]) -> Tensor:

@@ -10,7 +10,6 @@ from kdlib.cache import TargetCache
 from kdlib.cache.teachers import ModelTeacher
 from kdlib.data import corpus
 from kdlib.ensemble.model import EnsembleForCausalLM
-from kdlib.ensemble.pooling import POOLS
 from kdlib.errors import KdlibError
 from kdlib.losses import DenseTargets, PooledTargets, linear_distillation_loss
 from kdlib.study.progress import bar
@@ -74,7 +73,9 @@ def _whole(teacher: ModelTeacher, split: corpus.Split, at: np.ndarray) -> DenseT
     """The teacher's distributions at every position of some rows; of no consequence where there is padding."""
     if isinstance(pool := teacher.model, EnsembleForCausalLM):
         members = tuple(_whole(ModelTeacher(one, teacher.autocast), split, at) for one in pool.members)
-        return PooledTargets(members, POOLS[pool.config.pool], pool.config.calibration_temperature)
+        if pool.router is not None:
+            raise KdlibError("The teacher must have no router to compare gradients with, got a routed ensemble. Compare with one of its members.")
+        return PooledTargets(members, pool.pool, pool.config.calibration_temperature)
     if teacher.head is None:
         raise KdlibError(
             "The teacher's logits must be one matrix times its hidden states to compare gradients with, got a model that caps them."

@@ -5,11 +5,6 @@ The decoder runs over a split once and its hidden states are kept; all else is p
 of positions, so [positions, V] never exists. Log-probabilities are float32. Perplexity is exp(mean token NLL).
 Calibration is "pool first": one temperature, fitted to the pooled distribution on the calibration split, serves all
 splits.
-
-Reliability histograms have 15 equal-width bins, ((m−1)/15, m/15]. ``ece`` takes each position's top-1 probability
-(Guo et al., On Calibration of Modern Neural Networks, 2017). ``full_ece`` takes all (token, probability) pairs and is
-given *per position*, Σ_bins |Σ p − hits| / positions: V times the mean over pairs, which is near 0 for any model
-since almost all pairs lie in the first bin.
 """
 
 import gc
@@ -18,29 +13,27 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn import functional
 
 from kdlib.cache import TargetCache
-from kdlib.data.corpus import Split, pack, predicting_positions, rows
+from kdlib.data.corpus import Split, pack, predicting_positions
 from kdlib.ensemble.model import EnsembleForCausalLM
-from kdlib.ensemble.pooling import POOLS, label_ambiguity, log_probs, logit_ambiguity
+from kdlib.ensemble.pooling import POOLS, label_ambiguity, log_probs, logit_ambiguity, pool_of
 from kdlib.errors import KdlibError
 from kdlib.evaluation import TEMPERATURES, at_bound
+from kdlib.evaluation.positions import hidden_states, routed_weights
+from kdlib.evaluation.reliability import BINS, FIELDS, count, count_pairs, ece
 from kdlib.losses.logits import head_logits
 from kdlib.losses.reference import target_kl
-from kdlib.models import attention_mask, body, extent, head, operations
-from kdlib.study.progress import bar
+from kdlib.models import extent, head, operations
 from kdlib.study.work import Entry, entry
 
-BINS = 15
-FIELDS = ("counts", "confidence_sums", "hits")  # of a reliability histogram
 CHUNK = 2**23  # log-probabilities held at once, all members together: 32 MiB of float32
 
 
@@ -48,7 +41,10 @@ CHUNK = 2**23  # log-probabilities held at once, all members together: 32 MiB of
 class Evaluation:
     """What is stored of a model on its splits.
 
-    ``metrics``: evaluation, temperature, domains, reliability and, for a pool, pool. ``documents``: a row per
+    ``metrics``: evaluation, temperature, domains, reliability and, for a pool, pool: for a split, the mean member's NLL, the best
+    one's and the ambiguity of the two pools. Where members have weights it also has ``weights`` (of each, the mean over tokens),
+    ``member_nll_weighted``, of which the pool's NLL is less by the ambiguity, and ``oracle_nll``, that of the likeliest member for
+    each token, which no router can beat. ``documents``: a row per
     document with its summed ``nll`` (nats) and number of ``correct`` top-1 predictions. ``target_logprobs``: float16
     [positions] a split, in split order. ``work``: FLOPs of a forward pass of all members over all splits (what fitting
     the temperature repeats of the output layer is not counted), and seconds.
@@ -71,25 +67,23 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate one model, or a list of members under ``pool`` ("probability" or "logit"), on every split.
 
-    An ``EnsembleForCausalLM`` stands for its members and its pool, uncalibrated. ``temperature``: None fits it on
+    An ``EnsembleForCausalLM`` stands for its members and its pool with its weights or router, uncalibrated. ``temperature``: None fits it on
     ``splits["calibration"]``. ``batch_size``: rows of ``block_length`` positions in one forward pass. ``autocast``:
     dtype of the matrix products, None for the models' own. Every module comes back in the mode (train or eval) it was
     in. Raises KdlibError for several models without a pool, unlike vocabularies, a missing calibration split, an
     empty split or a non-finite log-probability.
     """
-    if isinstance(models, EnsembleForCausalLM):
-        models, pool = list(models.members), models.config.pool
-    members = [models] if isinstance(models, nn.Module) else list(models)
-    _refuse_unfit(members, splits, pool, temperature)
+    members, combined = _combined(models, pool)
+    _refuse_unfit(members, splits, combined.name, temperature)
     found, started = {}, time.perf_counter()
     try:
         with torch.no_grad(), _evaluation_mode(members):
             for name in sorted(splits, key=lambda name: name != "calibration"):  # first: it sets the temperature
                 split = splits[name]
                 index = pack(split.windows(block_length), block_length)
-                chunks = _chunks(members, split, index, batch_size, autocast, pool)
+                chunks = _chunks(members, split, index, batch_size, autocast, combined)
                 if temperature is None:
-                    temperature = fit_temperature(lambda chunks=chunks: ((pooled, y) for _, pooled, y in chunks))
+                    temperature = fit_temperature(lambda chunks=chunks: ((pooled, y) for _, pooled, y, _ in chunks))
                     _tell_of_bound(temperature)
                 found[name] = _measure(name, chunks, temperature)
                 del chunks
@@ -100,39 +94,7 @@ def evaluate(
     flops = sum(
         operations(member).forward(*extent(split.windows(block_length)[:, 1])) for member in members for split in splits.values()
     )
-    return _report(splits, found, temperature, pool, entry(flops, time.perf_counter() - started))
-
-
-def hidden_states(
-    model: nn.Module, split: Split, index: np.ndarray, batch_size: int, autocast: torch.dtype | None = None
-) -> Tensor:
-    """The decoder's last hidden state at every predicting position of a split, in split order: [positions, width].
-
-    ``index``: packed rows [rows, block_length] of flat positions (−1: padding) that hold every predicting position
-    once, else KdlibError. The dtype is ``autocast``, or the model's without it; the device is the model's.
-    """
-    positions = predicting_positions(split)
-    if not np.array_equal(np.sort(index[index >= 0]), positions):
-        raise KdlibError(
-            f"The packed rows must have each of the {len(positions)} predicting positions of split {split.name!r} "
-            f"once, got {np.count_nonzero(index >= 0)}. Pack all windows of this split."
-        )
-    parameter = next(model.parameters())
-    dtype, device = autocast or parameter.dtype, parameter.device
-    decoder, states = body(model), None
-    for start in bar(range(0, len(index), batch_size), f"evaluating {split.name}"):
-        part = index[start : start + batch_size]
-        batch = {name: torch.from_numpy(values).to(device) for name, values in rows(split, part).items()}
-        mask = attention_mask(batch["segments"], dtype)
-        with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            output = decoder(
-                input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=mask, use_cache=False
-            )
-        hidden = output.last_hidden_state[torch.from_numpy(part >= 0).to(device)].to(dtype)
-        if states is None:
-            states = hidden.new_empty(len(positions), hidden.shape[-1])
-        states[torch.from_numpy(np.searchsorted(positions, part[part >= 0])).to(device)] = hidden
-    return states
+    return _report(splits, found, temperature, combined.name, entry(flops, time.perf_counter() - started))
 
 
 def position_scores(
@@ -154,15 +116,14 @@ def position_scores(
         batch_size, autocast: as for :func:`evaluate`.
         cache: targets of this split (measure kl).
     """
-    ensemble = model.config if isinstance(model, EnsembleForCausalLM) else None
-    pool, members = (ensemble.pool, list(model.members)) if ensemble else (None, [model])
-    temperature = ensemble.calibration_temperature if ensemble else 1.0
-    _refuse_unfit(members, {split.name: split}, pool, 1.0)
+    members, combined = _combined(model, None)
+    temperature = model.config.calibration_temperature if isinstance(model, EnsembleForCausalLM) else 1.0
+    _refuse_unfit(members, {split.name: split}, combined.name, 1.0)
     with torch.no_grad(), _evaluation_mode(members):
         index, found = pack(split.windows(block_length), block_length), []
-        chunks = _chunks(members, split, index, batch_size, autocast, pool)
+        chunks = _chunks(members, split, index, batch_size, autocast, combined)
         positions = iter(torch.from_numpy(predicting_positions(split)).split(chunks.size))
-        for (_, pooled, labels), here in zip(chunks, positions, strict=True):
+        for (_, pooled, labels, _), here in zip(chunks, positions, strict=True):
             if temperature != 1:
                 pooled = log_probs(pooled / temperature)
             if measure == "kl":
@@ -172,34 +133,61 @@ def position_scores(
     return torch.cat(found).float().cpu().numpy()
 
 
-def _chunks(members: list[nn.Module], split: Split, index: np.ndarray, batch_size: int, autocast, pool) -> "_Chunks":
+class _Combined(NamedTuple):
+    """How members become one distribution: the pool's name, its weights and router; all None for a model alone."""
+
+    name: str | None
+    pool: Callable[..., Tensor] | None
+    weights: Sequence[float] | None = None
+    router: nn.Module | None = None
+
+
+def _combined(models: nn.Module | Sequence[nn.Module], pool: str | None) -> tuple[list[nn.Module], _Combined]:
+    """The members, and how they are pooled."""
+    if isinstance(models, EnsembleForCausalLM):
+        config = models.config
+        # Weights are given with each chunk, where they are those of a router too.
+        return list(models.members), _Combined(config.pool, pool_of(config.pool, config.exponent), config.weights, models.router)
+    return [models] if isinstance(models, nn.Module) else list(models), _Combined(pool, POOLS.get(pool))
+
+
+def _chunks(members: list[nn.Module], split: Split, index: np.ndarray, batch_size: int, autocast, combined: _Combined) -> "_Chunks":
     states = [hidden_states(member, split, index, batch_size, autocast) for member in members]
     targets = torch.from_numpy(split.tokens[predicting_positions(split) + 1].astype(np.int64))
-    return _Chunks(states, [head(member) for member in members], targets.to(states[0].device), pool)
+    weights = None
+    if combined.router is not None:
+        weights = routed_weights(combined.router, split, index, batch_size).to(states[0].device)
+    elif combined.weights is not None:
+        weights = torch.tensor(combined.weights, device=states[0].device, dtype=torch.float64).expand(len(targets), -1)
+    return _Chunks(states, [head(member) for member in members], targets.to(states[0].device), combined.pool, weights)
 
 
 @dataclass
 class _Chunks:
-    """Iterates over the positions in chunks: members' log-probabilities [K, c, V], pooled [c, V], target ids [c]."""
+    """Iterates over the positions in chunks: members' log-probabilities [K, c, V], pooled [c, V], target ids [c], and weights of
+    the members [K, c], or None.
+    """
 
     states: list[Tensor]
     heads: list[tuple[Tensor, Tensor | None]]
     targets: Tensor
-    pool: str | None
+    pool: Callable[..., Tensor] | None
+    weights: Tensor | None
 
     @property
     def size(self) -> int:
         """Positions in a chunk."""
         return max(1, CHUNK // (len(self.heads) * len(self.heads[0][0])))
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
         layers = [
             (state, weight.to(state.dtype), bias) for state, (weight, bias) in zip(self.states, self.heads, strict=True)
         ]
         for start in range(0, len(self.targets), self.size):
             part = slice(start, start + self.size)
             members = torch.stack([log_probs(head_logits(state[part], *layer)) for state, *layer in layers])
-            yield members, members[0] if self.pool is None else POOLS[self.pool](members), self.targets[part]
+            weights = None if self.weights is None else self.weights[part].T
+            yield members, members[0] if self.pool is None else self.pool(members, weights=weights), self.targets[part], weights
 
 
 def fit_temperature(chunks: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> float:
@@ -249,18 +237,21 @@ def _measure(name: str, chunks: _Chunks, temperature: float) -> dict[str, Any]:
     }
     parts = {"raw": [], "calibrated": [], "correct": []}
     nll, ambiguity = (torch.zeros(size, dtype=torch.float64, device=device) for size in (len(chunks.states), 2))
-    for members, pooled, targets in chunks:
+    weighed = _Weighed(*torch.zeros(2, dtype=torch.float64, device=device), torch.zeros_like(nll))
+    for members, pooled, targets, weights in chunks:
         hit = pooled.argmax(dim=-1) == targets
         parts["correct"].append(hit)
         for kind, scores in (("raw", pooled), ("calibrated", log_probs(pooled / temperature))):
-            _count(histograms[kind][""], scores.amax(dim=-1).exp(), hit)
-            _count_pairs(histograms[kind]["full_"], scores, targets)
+            count(histograms[kind][""], scores.amax(dim=-1).exp(), hit)
+            count_pairs(histograms[kind]["full_"], scores, targets)
             parts[kind].append(_at(scores, targets))
         if chunks.pool is not None:
             labels = members.gather(-1, targets.expand(len(members), -1)[..., None])[..., 0]
             nll -= labels.sum(dim=-1, dtype=torch.float64)
-            gains = torch.stack([label_ambiguity(labels), logit_ambiguity(members)])
+            gains = torch.stack([label_ambiguity(labels, weights), logit_ambiguity(members, weights)])
             ambiguity += gains.sum(dim=-1, dtype=torch.float64)
+            if weights is not None:
+                weighed.add(labels, weights)
     arrays = {kind: torch.cat(values).cpu().numpy() for kind, values in parts.items()}
     if not (np.isfinite(arrays["raw"]).all() and np.isfinite(arrays["calibrated"]).all()):
         raise KdlibError(
@@ -276,43 +267,33 @@ def _measure(name: str, chunks: _Chunks, temperature: float) -> dict[str, Any]:
         "member_nll_best": nll.min().item() / n,
         "ambiguity_probability": ambiguity[0].item() / n,
         "ambiguity_logit": ambiguity[1].item() / n,
-    }
+    } | ({} if chunks.weights is None else weighed.means(n))
     return {**arrays, "reliability": reliability, "pool": pool}
+
+
+@dataclass
+class _Weighed:
+    """Sums over positions where members have weights: of their weighted NLL, of the likeliest member's, and of the weights [K]."""
+
+    nll: Tensor
+    oracle: Tensor
+    weights: Tensor
+
+    def add(self, labels: Tensor, weights: Tensor) -> None:
+        """Add positions: log-probabilities of the labels and weights, both [K, c]."""
+        used = torch.where(weights > 0, weights * labels, 0.0)
+        self.nll -= used.sum(dtype=torch.float64)
+        self.oracle -= labels.amax(dim=0).sum(dtype=torch.float64)
+        self.weights += weights.sum(dim=-1, dtype=torch.float64)
+
+    def means(self, n: int) -> dict[str, float | list[float]]:
+        """The means over ``n`` positions."""
+        means = {"member_nll_weighted": self.nll, "oracle_nll": self.oracle, "weights": self.weights}
+        return {name: (value / n).tolist() for name, value in means.items()}
 
 
 def _at(scores: Tensor, targets: Tensor) -> Tensor:
     return scores.gather(-1, targets[:, None])[:, 0]
-
-
-def _count(histogram: Tensor, p: Tensor, hit: Tensor) -> None:
-    """Add probabilities [n], and whether each came true, to a histogram: FIELDS x bins."""
-    # A product with the one-hot bins sums in a fixed order; bincount with weights does not on a GPU.
-    edges = torch.arange(1, BINS, dtype=p.dtype, device=p.device) / BINS
-    bins = functional.one_hot(torch.bucketize(p, edges), BINS).double()
-    histogram += torch.stack([torch.ones_like(p), p, hit.to(p)]).double() @ bins
-
-
-def _count_pairs(histogram: Tensor, scores: Tensor, targets: Tensor) -> None:
-    """The same for all pairs of log-probabilities [c, V]: at most 14 of a row lie above the first bin, which gets the
-    rest of the row's 1.
-    """
-    row, token = (scores > math.log(1 / BINS)).nonzero(as_tuple=True)
-    upper, hit = scores[row, token].exp(), targets[row] == token
-    _count(histogram, upper, hit)
-    histogram[0, 0] += scores.numel() - len(upper)
-    histogram[1, 0] += len(scores) - upper.sum(dtype=torch.float64)
-    histogram[2, 0] += len(scores) - hit.sum()
-
-
-def ece(counts: ArrayLike, confidence_sums: ArrayLike, hits: ArrayLike, total: float | None = None) -> float:
-    """Expected calibration error from a reliability histogram: Σ_bins |Σ confidence − hits| / ``total`` (Σ counts).
-
-    With top-1 confidences this is Σ n_b/n·|accuracy_b − confidence_b| (Guo et al., On Calibration of Modern Neural
-    Networks, 2017, equation 3). Over all (token, probability) pairs, give ``total`` = the number of *tokens* to get
-    the error per token.
-    """
-    total = np.asarray(counts).sum() if total is None else total
-    return float(np.abs(np.asarray(confidence_sums) - np.asarray(hits)).sum() / total)
 
 
 def _report(

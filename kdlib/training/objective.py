@@ -15,7 +15,6 @@ from torch import nn
 from kdlib import models
 from kdlib.cache import TargetCache
 from kdlib.ensemble.model import EnsembleForCausalLM
-from kdlib.ensemble.pooling import POOLS
 from kdlib.errors import KdlibError
 from kdlib.losses import DenseTargets, PooledTargets, balance
 from kdlib.losses.features import FeatureLoss
@@ -81,6 +80,8 @@ class Objective:
                 f"signal must be cached targets (TargetCache) or a model, got {type(signal).__name__}. Of several models make an "
                 "EnsembleForCausalLM."
             )
+        if getattr(signal, "router", None) is not None:
+            raise KdlibError("A teacher in the loop must have no router, got a routed ensemble. Write its targets and learn from those.")
         if signal is None and self.weight != as_schedule(0.0):
             raise KdlibError("A distillation term must have a signal, got none. Give cached targets or a teacher.")
         if self.features is not None and self.teacher is None:
@@ -118,7 +119,7 @@ class Objective:
         found = [self._whole(member, run(models.body(member)).flatten(0, 1), dtype) for member in _members(self.teacher)]
         if not isinstance(self.teacher, EnsembleForCausalLM):
             return found[0]
-        return PooledTargets(tuple(found), POOLS[self.teacher.config.pool], self.teacher.config.calibration_temperature)
+        return PooledTargets(tuple(found), self.teacher.pool, self.teacher.config.calibration_temperature)
 
     @staticmethod
     def _whole(member, hidden: torch.Tensor, dtype: torch.dtype | None) -> DenseTargets:
