@@ -41,6 +41,8 @@ def clean_copy(folder: Path) -> Path:
 
 
 def read(path: Path) -> nbformat.NotebookNode:
+    """The notebook of a file, which a clean copy may lack."""
+    assert path.is_file(), f"git does not know notebooks/{path.name}: add it, or delete it"
     return nbformat.read(path, as_version=4)
 
 
@@ -48,8 +50,8 @@ def read(path: Path) -> nbformat.NotebookNode:
 def kernel(folder: Path, home: Path) -> Iterator[Callable[[nbformat.NotebookNode], nbformat.NotebookNode]]:
     """A function that runs all cells of a notebook in ``folder``; one that fails is an error that shows it.
 
-    One kernel serves all calls, for most of a notebook's time goes into imports. It forgets every name in between. The
-    pipeline's tests run the same notebooks in a kernel each.
+    One kernel serves all calls, for most of a notebook's time goes into imports. It forgets every name in between. In
+    the pipeline's tests each notebook of a study has a kernel of its own.
     """
     search = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     environment = {"KDLIB_HOME": str(home), "KDLIB_BATCH": "1", "PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
