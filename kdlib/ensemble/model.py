@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from kdlib.ensemble.packing import Packing
 from kdlib.ensemble.pooling import POOLS, log_probs
 from kdlib.errors import KdlibError
 
@@ -38,14 +39,6 @@ class EnsembleConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
 
-class EnsembleCache(Cache):
-    """The members' caches as one: its layers are theirs, so reordering, cropping and selecting reach all of them."""
-
-    def __init__(self, members: Sequence[Cache]):
-        super().__init__(layers=[layer for member in members for layer in member.layers])
-        self.members = tuple(members)
-
-
 class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
     """K causal language models of any kind over one vocabulary; ``logits`` are the log of their pooled distribution."""
 
@@ -57,6 +50,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         attention = config._attn_implementation  # what was asked for, before the base class fills in its own default
         super().__init__(config)
         self.members = nn.ModuleList()
+        self.packing = Packing()
         for member in config.members:
             member_config = AutoConfig.for_model(**member)
             member_config.dtype = torch.get_default_dtype()
@@ -111,7 +105,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        past_key_values: EnsembleCache | None = None,
+        past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
@@ -121,25 +115,11 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         keywords go to that loss).
         """
         if past_key_values is None and use_cache:
-            past_key_values = EnsembleCache([DynamicCache(config=member.config) for member in self.members])
-        caches = past_key_values.members if past_key_values is not None else [None] * len(self.members)
-        pooled = POOLS[self.config.pool](
-            torch.stack(
-                [
-                    log_probs(
-                        member(
-                            input_ids=input_ids,
-                            attention_mask=attention_mask,
-                            position_ids=position_ids,
-                            past_key_values=cache,
-                            use_cache=cache is not None,
-                            logits_to_keep=logits_to_keep,
-                        ).logits
-                    )
-                    for member, cache in zip(self.members, caches, strict=True)
-                ]
-            )
+            past_key_values = self.packing.cache(self.members)
+        logits = self.packing.logits(
+            self.members, input_ids, attention_mask, position_ids, past_key_values, logits_to_keep
         )
+        pooled = POOLS[self.config.pool](log_probs(logits))
         if self.config.calibration_temperature != 1:
             pooled = log_probs(pooled / self.config.calibration_temperature)
         loss = None
