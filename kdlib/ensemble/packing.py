@@ -32,6 +32,7 @@ class Packing:
     def __init__(self):
         self.reason: str | None = None
         self._packed: PackedMembers | None = None
+        self._members: tuple[PreTrainedModel, ...] = ()
         self._seen: list[tuple] = []
 
     def cache(self, members: Sequence[PreTrainedModel]) -> Cache:
@@ -100,30 +101,22 @@ class Packing:
         return _split(cache, members)
 
     def _look(self, members: Sequence[PreTrainedModel]) -> None:
-        if not self._seen or not _unchanged(self._seen, members):
+        unchanged = tuple(members) == self._members and all(_parts(module) == (*parts,) for module, *parts in self._seen)
+        if not unchanged:
             self._packed = None  # first, so that its weights are not held while others are stacked
             self.reason = unpackable(members)
-            self._seen = list(_state(members))
+            self._members, self._seen = tuple(members), list(_state(members))
 
 
 def _state(members: Sequence[PreTrainedModel]) -> Iterable[tuple]:
     for member in members:
-        yield from ((module, list(module._modules.values()), _pointers(module)) for module in member.modules())
+        yield from ((module, *_parts(module)) for module in member.modules())
 
 
-def _pointers(module: torch.nn.Module) -> list[int]:
-    return [one.data_ptr() for one in module._parameters.values() if one is not None]
-
-
-def _unchanged(seen: list[tuple], members: Sequence[PreTrainedModel]) -> bool:
-    found = {id(module) for module, _, _ in seen}
-    return all(id(member) in found for member in members) and all(
-        list(module._modules.values()) == below
-        and _pointers(module) == pointers
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        for module, below, pointers in seen
-    )
+def _parts(module: torch.nn.Module) -> tuple[list, list[int], bool]:
+    """What a module consists of: modules, where its parameters lie in memory, and whether something hooks in."""
+    pointers = [one.data_ptr() for one in module._parameters.values() if one is not None]
+    return list(module._modules.values()), pointers, bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _split(cache: DynamicCache, members: Sequence[PreTrainedModel]) -> list[DynamicCache]:
