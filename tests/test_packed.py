@@ -325,7 +325,7 @@ def test_a_cache_may_be_filled_one_by_one_and_read_packed(monkeypatch, spy):
 def test_long_texts_single_members_gradients_and_training_go_one_by_one(spy):
     ensemble, ids = EnsembleForCausalLM.from_members(alike()), text()
     with torch.no_grad():
-        ensemble(torch.ones(1, packing.CROSSOVER // WIDTH // 64 * 64 + 64, dtype=torch.long)[:, :64].repeat(9, 1))
+        ensemble(torch.ones(packing.CROSSOVER // WIDTH // 64 + 1, 64, dtype=torch.long))
         assert spy == []
         EnsembleForCausalLM.from_members([member(0)])(ids)
         ensemble.train()(ids)

@@ -6,6 +6,8 @@ the same input (query, key and value; gate and up) are one product. Dropout is l
 """
 
 import copy
+import ctypes
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -268,23 +270,33 @@ def _stack(values: list[list[nn.Parameter]]) -> nn.Parameter:
     """One parameter [K, rows, ...] of what each member holds in one or several parts, which become views of it."""
     like = values[0][0]
     rows = sum(len(part) for part in values[0])
+    device = like.device
     # Also inside generate and evaluation, parameters must stay such that they can be trained later.
     with torch.inference_mode(False), torch.no_grad():
         # Filled on the host, where untouched memory takes none, and freed member by member: no second copy anywhere.
         stack = torch.empty(len(values), rows, *like.shape[1:], dtype=like.dtype)
-        device = like.device
-        _share(stack, values, fill=True)
+        for row, parts in zip(stack, values, strict=True):
+            for place, part in zip(row.split([len(part) for part in parts]), parts, strict=True):
+                place.copy_(part)
+                part.data = place
+            if row.nbytes > 2**20:
+                _release()
+        _release()
         stack = nn.Parameter(stack.to(device))
         _share(stack, values)
     return stack
 
 
-def _share(stack: Tensor, values: list[list[nn.Parameter]], fill: bool = False) -> None:
+def _share(stack: Tensor, values: list[list[nn.Parameter]]) -> None:
     for row, parts in zip(stack.detach(), values, strict=True):
-        for part, place in zip(parts, row.split([len(part) for part in parts]), strict=True):
-            if fill:
-                place.copy_(part)
+        for place, part in zip(row.split([len(part) for part in parts]), parts, strict=True):
             part.data = place
+
+
+def _release() -> None:
+    """Give freed memory back to the system: glibc keeps blocks of up to 32 MiB, and a second copy's worth of them."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 def _rms(x: Tensor, eps: float) -> Tensor:

@@ -10,9 +10,9 @@ from transformers.cache_utils import Cache, DynamicCache
 from kdlib.ensemble.packed import PackedMembers, unpackable
 from kdlib.errors import KdlibError
 
-# Positions times hidden size up to which packed members are faster on a CPU (benchmarks/packing.py). Beyond it the
-# activations of one member fit the processor's cache, and those of all do not.
-CROSSOVER = 8192
+# Positions times hidden size up to which members are packed on a CPU, where they were 1.2 times as fast as the loop and
+# more (benchmarks/packing.py). Of large inputs the activations of one member fit the processor's cache, and all do not.
+CROSSOVER = 2**15
 
 
 class EnsembleCache(Cache):
