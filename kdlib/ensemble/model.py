@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from kdlib.ensemble.packing import Packing
 from kdlib.ensemble.pooling import POOLS, log_probs, pool_of
-from kdlib.ensemble.routing import Router, empty_router
+from kdlib.ensemble.routing import RoutedCache, Router, empty_router
 from kdlib.errors import KdlibError
 
 
@@ -45,18 +46,6 @@ class EnsembleConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
 
-class EnsembleCache(Cache):
-    """The members' caches as one: its layers are theirs, so reordering, cropping and selecting reach all of them.
-
-    ``router``: whether there is one, whose running sums are a layer more.
-    """
-
-    def __init__(self, members: Sequence[Cache], router: bool = False):
-        self.router = DynamicLayer() if router else None
-        super().__init__(layers=[layer for member in members for layer in member.layers] + [self.router] * router)
-        self.members = tuple(members)
-
-
 class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
     """K causal language models of any kind over one vocabulary; ``logits`` are the log of their pooled distribution."""
 
@@ -68,6 +57,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         attention = config._attn_implementation  # what was asked for, before the base class fills in its own default
         super().__init__(config)
         self.members = nn.ModuleList()
+        self.packing = Packing()
         for member in config.members:
             member_config = AutoConfig.for_model(**member)
             member_config.dtype = torch.get_default_dtype()
@@ -135,7 +125,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        past_key_values: EnsembleCache | None = None,
+        past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
@@ -145,33 +135,17 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         keywords go to that loss).
         """
         if past_key_values is None and use_cache:
-            caches = [DynamicCache(config=member.config) for member in self.members]
-            past_key_values = EnsembleCache(caches, self.router is not None)
-        caches = past_key_values.members if past_key_values is not None else [None] * len(self.members)
-        weights = {}
+            past_key_values = self.packing.cache(self.members)
+            if self.router is not None:
+                past_key_values = RoutedCache(past_key_values)
+        cache, weights = past_key_values, {}
         if self.router is not None:
-            sums = None if past_key_values is None else past_key_values.router
+            cache, sums = (None, None) if cache is None else (cache.members, cache.sums)
             routed = self.router(input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=sums)
             kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
             weights["weights"] = routed[:, kept].movedim(-1, 0)
-        pooled = self.pool(
-            torch.stack(
-                [
-                    log_probs(
-                        member(
-                            input_ids=input_ids,
-                            attention_mask=attention_mask,
-                            position_ids=position_ids,
-                            past_key_values=cache,
-                            use_cache=cache is not None,
-                            logits_to_keep=logits_to_keep,
-                        ).logits
-                    )
-                    for member, cache in zip(self.members, caches, strict=True)
-                ]
-            ),
-            **weights,
-        )
+        logits = self.packing.logits(self.members, input_ids, attention_mask, position_ids, cache, logits_to_keep)
+        pooled = self.pool(log_probs(logits), **weights)
         if self.config.calibration_temperature != 1:
             pooled = log_probs(pooled / self.config.calibration_temperature)
         loss = None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 from kdlib.errors import KdlibError
 
@@ -59,6 +59,14 @@ def _before(sums: Tensor, rows: Tensor, begins: Tensor) -> Tensor:
     places = torch.where(begins, torch.arange(begins.shape[1], device=begins.device), -1).cummax(dim=1).values
     at = places.clamp(min=0)[..., None].expand_as(sums)
     return torch.where(places[..., None] >= 0, sums.gather(1, at) - rows.gather(1, at), 0.0)
+
+
+class RoutedCache(Cache):
+    """The cache of an ensemble's members with the router's running sums as a layer more: reordering and cropping reach all."""
+
+    def __init__(self, members: Cache):
+        self.members, self.sums = members, DynamicLayer()
+        super().__init__(layers=[*members.layers, self.sums])
 
 
 class DistanceRouter(nn.Module):
