@@ -190,11 +190,12 @@ def test_keep_is_refused_where_the_two_studies_differ_and_nothing_is_declared(pa
         return {"student kd seed 1": {"evaluation": {"test": {"nll": 4.5 if home.name == "before" else 4.6}}}}
 
     monkeypatch.setattr(proof, "_export", lambda folder: "0123456789abcdef")
+    monkeypatch.setattr(proof, "_edit", lambda declared, folder: None)
     monkeypatch.setattr(proof, "_results", results)
     told = "must agree to keep a revision, got 1 differences: student kd seed 1, evaluation, test, nll: 4.5 became 4.6"
     with pytest.raises(KdlibError, match=f"{told}.*kdlib revisions bump KIND"):
         revisions.keep()
-    assert made == [("declared", "before"), (proof.REPOSITORY.name, "after")]
+    assert made == [("declared", "before"), ("edited", "after")]
     assert revisions.RECORD.read_bytes() == before and version("student") == revisions.current("student")[:12]
     monkeypatch.setattr(proof, "_results", lambda tree, home: {"student kd seed 1": {"nll": 4.5, "seconds": len(home.name)}})
     assert revisions.keep() == ["student"] and version("student") == "r1"
@@ -295,6 +296,17 @@ def test_runs_that_share_a_label_are_all_compared(tmp_path, monkeypatch):
     assert before == {"student kd seed 1": {"nll": 1.0}, "student kd seed 1 (2)": {"nll": 2.0}, "student kd seed 1 (3)": {"nll": 3.0}}
     told = ["student kd seed 1 (2), nll: 2 became 2.5", "student kd seed 1 (3), nll: 3 became 3.5"]
     assert list(proof.differences(before, after)) == told
+
+
+def test_both_versions_make_the_study_of_the_declared_profile(tmp_path):
+    declared = tmp_path / "declared"
+    for name in ("kdlib/old.py", "profiles/smoke.yaml"):
+        (declared / name).parent.mkdir(parents=True)
+        (declared / name).write_text("declared", encoding="utf-8")
+    proof._edit(declared, tmp_path / "edited")
+    assert (tmp_path / "edited/profiles/smoke.yaml").read_text(encoding="utf-8") == "declared"
+    assert not (tmp_path / "edited/kdlib/old.py").exists()
+    assert (tmp_path / "edited/kdlib/study/proof.py").read_bytes() == (proof.REPOSITORY / "kdlib/study/proof.py").read_bytes()
 
 
 def test_a_study_that_does_not_run_is_no_proof(tmp_path, monkeypatch):
