@@ -16,7 +16,7 @@ from kdlib.cache import Kind, ModelTeacher, TargetCache, write_targets
 from kdlib.data.corpus import pack
 from kdlib.data.text import TrainingText
 from kdlib.ensemble.model import EnsembleForCausalLM
-from kdlib.evaluation import fidelity, metrics
+from kdlib.evaluation import fidelity, metrics, reliability
 from kdlib.evaluation.metrics import evaluate
 from kdlib.losses import DenseTargets, SparseTargets, balance, linear_distillation_loss
 from kdlib.losses.divergences import DIVERGENCES
@@ -286,7 +286,8 @@ def masked(counted, documents):
 
 def test_evaluating_and_writing_targets_are_passes_over_the_text(tmp_path, monkeypatch):
     # Histograms are summed by products with one-hot bins, on purpose; they are no part of the model.
-    monkeypatch.setattr(metrics, "_count", lambda histogram, p, hit: histogram.add_(1))
+    for module in (metrics, reliability):
+        monkeypatch.setattr(module, "count", lambda histogram, p, hit: histogram.add_(1))
     split, members = whole_windows(), [make_model(0), make_model(1, layers=2)]
     counted = sum(map(models.operations, members), models.Operations())
     evaluations = []

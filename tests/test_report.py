@@ -385,13 +385,14 @@ def test_the_cost_of_a_method_is_that_of_all_upstream_each_once(synthetic):
     assert cost.evaluation_flops["CE ensemble (logit pool)"] == 3 * cost.evaluation_flops["CE student"] > 0
 
 
-def test_what_students_write_for_one_another_is_a_row_of_its_own(synthetic):
-    cost = accounts.cost("smoke").set_index("what")
-    assert cost.index.is_unique
+@pytest.mark.parametrize(("kind", "what"), [("student", "students"), ("ensemble", "ensembles")])
+def test_what_is_written_for_other_students_is_a_row_of_its_own(synthetic, kind, what):
+    cost = accounts.cost("smoke").set_index("what").loc
+    assert cost["writing targets", "runs"] == 1
     written = {run.id: run for run in accounts._of_kind("smoke", "targets")}
-    others = [run for run in written.values() if run.id != teachers_targets().id]
-    assert others and cost.runs["writing targets"] == 1 and cost.runs["writing targets of students"] == len(others)
-    np.testing.assert_allclose(cost.flops["writing targets of students"], np.mean([run.metrics["flops"] for run in others]))
+    others = [run for run in written.values() if run.settings["inputs"]["teacher"].startswith(kind)]
+    assert others and cost[f"writing targets of {what}", "runs"] == len(others)
+    np.testing.assert_allclose(cost[f"writing targets of {what}", "flops"], np.mean([run.metrics["flops"] for run in others]))
 
 
 def test_set_up_counts_the_ensembles_of_independent_members(synthetic):
