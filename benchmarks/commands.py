@@ -16,10 +16,10 @@ from kdlib.study import store
 from kdlib.study.profiles import REPOSITORY
 
 COMMANDS = [
-    ("make paper (quick) on a fresh machine, downloads included", ["make", "paper"], "<= 1800"),
-    ("second make paper", ["make", "paper"], "<= 15"),
-    ("make figures (laptop), environment in place", ["make", "figures"], "<= 60"),
-    ("make test", ["make", "test"], "<= 720"),
+    ("make paper (quick) on a fresh machine, downloads included", ["make", "paper"], "<= 1500"),
+    ("second make paper", ["make", "paper"], "<= 5"),
+    ("make figures (laptop), environment in place", ["make", "figures"], "<= 45"),
+    ("make test", ["make", "test"], "<= 600"),
 ]
 
 
