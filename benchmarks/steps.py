@@ -15,6 +15,8 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
+from kdlib import models  # before torch, as kdlib asks for
+
 import numpy as np
 import pandas as pd
 import torch
@@ -22,7 +24,6 @@ from record import record
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from kdlib import models  # before torch, as kdlib asks for
 from kdlib.cache import Kind, ModelTeacher, TargetCache, write_targets
 from kdlib.data import corpus
 from kdlib.data.text import TrainingText
