@@ -65,7 +65,7 @@ def both(members, **arguments):
     """Logits of the loop, then packed, each [K, rows, positions, V]."""
     with torch.no_grad():
         loop = torch.stack([one(use_cache=False, **arguments).logits for one in members])
-        return loop, PackedMembers.from_members(members)(**arguments)
+        return loop, PackedMembers(members)(**arguments)
 
 
 def close(one, other):
@@ -162,7 +162,7 @@ def test_step_by_step_with_the_cache_packed_logits_are_those_of_the_whole_text(f
 def test_members_come_back_bit_for_bit(family):
     members = alike(family)
     before = [copy.deepcopy(one.state_dict()) for one in members]
-    packed = PackedMembers.from_members(members)
+    packed = PackedMembers(members)
     assert len(packed) == MEMBERS
     for number, state in enumerate(before):
         found = packed.member(number).state_dict()

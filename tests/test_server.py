@@ -551,7 +551,7 @@ CHANGES = {
     "unequal lists": (of_log_probabilities(top_logprobs=[None]), "must return log-probabilities as"),
     "must return log-probabilities as": (lambda answer: answer["choices"][0].update(logprobs={"values": [1]}), "must return log-probabilities as"),
     "a number missing": (every_entry(lambda entry: entry.update(dict.fromkeys(entry))), "must return log-probabilities as"),
-    "other tokens": (of_log_probabilities(tokens=["token_id:1"] * 7), r"must echo the prompt.*with this tokenizer"),
+    "other tokens": (of_log_probabilities(tokens=["token_id:1"] * 7), r"must echo its prompt.*with this tokenizer"),
     "a token before the prompt": (lambda answer: answer["usage"].update(prompt_tokens=7), "must count 6 tokens in the prompt, got 7"),
     "ids past the vocabulary": (every_entry(lambda entry: rename_first(entry, "token_id:29")), r"ids in 0\.\.28"),
     "one id twice": (

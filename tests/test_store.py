@@ -87,7 +87,7 @@ def test_a_tree_that_cannot_say_what_code_it_is_makes_no_run(tmp_path, monkeypat
     (tree / ".git_archival.txt").write_text(content)
     monkeypatch.setattr(store, "REPOSITORY", tree)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
-    with pytest.raises(KdlibError, match="Runs must say which commit made them, got a copy .*git archive HEAD"):
+    with pytest.raises(KdlibError, match="Runs must say which commit made them, got code without any .*git archive HEAD"):
         store.make("smoke", ID, SETTINGS, lambda work: {})
     assert store.find("smoke", ID) is None
 

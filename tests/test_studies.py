@@ -235,7 +235,7 @@ def test_a_mean_chooses_not_a_lucky_seed(profile, fresh):
 
 
 def test_nothing_to_choose_from_is_told(profile, home):
-    with pytest.raises(KdlibError, match="the grid holds forward KL, total variation"):
+    with pytest.raises(KdlibError, match="The grid must hold students to choose from, got forward KL, total variation"):
         studies.best(studies.students(profile, "losses"), ["reverse KL"])
 
 

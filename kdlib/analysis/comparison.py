@@ -89,8 +89,8 @@ def losses(chosen: Sequence[store.Run], split: str) -> Losses:
     for run, part in zip(chosen, parts, strict=True):
         if not part.tokens.equals(parts[0].tokens):
             raise KdlibError(
-                f"Runs {chosen[0].id} and {run.id} were not evaluated on the same {split} documents, so their losses "
-                "cannot be compared. Both must come from one corpus: delete the older one and have it made again."
+                f"Runs to compare must be evaluated on the same {split} documents, got others in {chosen[0].id} and {run.id}. Delete the "
+                "older one and have it made again."
             )
     nll, correct = (np.stack([part[name].to_numpy(dtype=float) for part in parts]) for name in ("nll", "correct"))
     return Losses(nll, correct, parts[0].tokens.to_numpy(dtype=float), parts[0].domain.to_numpy())

@@ -138,8 +138,8 @@ def best(table: pd.DataFrame, cells: Iterable[str] | None = None) -> str:
     found = table if cells is None else table[table.cell.isin(list(cells))]
     if found.empty:
         raise KdlibError(
-            f"There is no student to choose: the grid holds {', '.join(table.cell.unique()) or 'none'}, and none of "
-            "them will do. Add the kind of students that this analysis chooses from to the profile's grid."
+            f"The grid must hold students to choose from, got {', '.join(table.cell.unique()) or 'none'}, of which none will do. Add some "
+            "to the profile's grid."
         )
     return found.groupby("cell", sort=False).validation_nll.mean().idxmin()
 

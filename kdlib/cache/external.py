@@ -77,7 +77,7 @@ class FileTeacher:
         if about.positions != len(split.tokens) or moved:
             raise KdlibError(
                 f"{path} must have one row for each of the {len(split.tokens)} tokens of the split {split.name!r}, got "
-                f"{about.positions}{' and other document offsets' if moved else ''}. Include the last token of every document."
+                f"{about.positions}{' and other document offsets' if moved else ''}. Include each document's last token."
             )
 
     def fingerprint(self) -> None:

@@ -278,8 +278,8 @@ class CompletionServer:
             # Several tokens may share a text; only a different text is a mismatch.
             if token != (sent if isinstance(token, int) else self._texts[sent]):
                 raise self._error(
-                    f"must echo the prompt it was sent, got {token!r} for token {sent} ({self._texts[sent]!r}) at position {position}. "
-                    "Serve a model with this tokenizer, or use a server that returns token ids."
+                    f"must echo its prompt, got {token!r} for token {sent} ({self._texts[sent]!r}) at position {position}. Serve a model with "
+                    "this tokenizer, or have token ids returned."
                 )
 
     def _id(self, token: int | str) -> int:

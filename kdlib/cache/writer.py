@@ -127,7 +127,7 @@ def _check(teacher: ModelTeacher | DenseTeacher | ServerTeacher | FileTeacher, k
     if kind.name == "dense" and (temperature != 1 or teacher.width is None):
         raise KdlibError(
             "Dense targets must have temperature 1 and a teacher with one output matrix, got "
-            + (f"temperature {temperature}. They support any when read." if temperature != 1 else "one without, such as an ensemble.")
+            + (f"temperature {temperature}. They support any when read." if temperature != 1 else "an ensemble or others.")
         )
     if guard.get("vocabulary", teacher.vocabulary) != teacher.vocabulary:
         raise KdlibError(
@@ -168,8 +168,8 @@ def _claim(folder: Path, description: dict, largest: float, shards: int) -> None
     needed = largest - sum(about["bytes"] for _, about in finished)
     if needed > free:
         raise KdlibError(
-            f"{folder} must have up to {needed / 1e9:.2f} GB free for the targets, got {free / 1e9:.2f} GB. Point KDLIB_HOME at a larger "
-            "disk, or store fewer draws or a smaller k."
+            f"{folder} must have up to {needed / 1e9:.2f} GB free for targets, got {free / 1e9:.2f} GB. Point KDLIB_HOME at a larger disk, "
+            "or store fewer draws."
         )
     # Last, so that a refused folder can be claimed with other settings.
     write_record(folder / "writing.json", description)

@@ -4,7 +4,7 @@ import numpy as np
 from pydantic import Field
 
 from kdlib.data.corpus import Split
-from kdlib.data.text import Given, TrainingText, Way
+from kdlib.data.text import Given, TrainingText, Way, up_to
 
 
 class Bagged(Way):
@@ -31,9 +31,7 @@ def draw(split: Split, share: float, seed: int) -> list[str]:
     for _, table in split.documents.groupby("domain", sort=True):
         tokens = table.tokens.to_numpy()
         wanted = share * tokens.sum()
-        order = rng.integers(len(table), size=1)
-        while tokens[order].sum() < wanted:
-            order = np.concatenate([order, rng.integers(len(table), size=len(table))])
-        missed = np.abs(tokens[order].cumsum() - wanted)
-        drawn += table.document.to_numpy()[order[: missed.argmin() + 1]].tolist()
+        first = rng.integers(len(table), size=1)
+        order = up_to(wanted, tokens, first, lambda table=table: rng.integers(len(table), size=len(table)))
+        drawn += table.document.to_numpy()[order].tolist()
     return drawn

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from kdlib.data.text import Given, TrainingText, Way
+from kdlib.data.text import Given, TrainingText, Way, up_to
 from kdlib.errors import KdlibError
 from kdlib.study.refs import Ref
 
@@ -45,8 +45,6 @@ def draw(table: pd.DataFrame, wanted: float, rng: np.random.Generator) -> list[s
     Returns:
         Ids, at least one; a document drawn twice twice.
     """
-    tokens, order = table.tokens.to_numpy(), rng.permutation(len(table))
-    while tokens[order].sum() < wanted:
-        order = np.concatenate([order, rng.permutation(len(table))])
-    missed = np.abs(tokens[order].cumsum() - wanted)
-    return table.document.to_numpy()[order[: missed.argmin() + 1]].tolist()
+    first = rng.permutation(len(table))
+    order = up_to(wanted, table.tokens.to_numpy(), first, lambda: rng.permutation(len(table)))
+    return table.document.to_numpy()[order].tolist()

@@ -77,6 +77,20 @@ class Way(BaseModel):
         return TrainingText(given.train)
 
 
+def up_to(wanted: float, tokens: np.ndarray, first: np.ndarray, more: Callable[[], np.ndarray]) -> np.ndarray:
+    """Numbers of documents, from ``first`` on and then ``more`` as often as needed, until their tokens come nearest to ``wanted``.
+
+    Args:
+        tokens: [documents], of each; first, more(): numbers of documents in the order in which they are taken, at least one.
+    """
+    import numpy as np  # planning does without
+
+    order = first
+    while tokens[order].sum() < wanted:
+        order = np.concatenate([order, more()])
+    return order[: np.abs(tokens[order].cumsum() - wanted).argmin() + 1]
+
+
 def ways() -> dict[str, type[Way]]:
     """The settings class of every way, by name."""
     from kdlib.data.bagged import Bagged

@@ -80,11 +80,6 @@ class PackedMembers(nn.Module):
         self.heads = self.config.num_attention_heads
         self.kv_heads = getattr(self.config, "num_key_value_heads", None) or self.heads
 
-    @classmethod
-    def from_members(cls, models: Sequence[PreTrainedModel]) -> "PackedMembers":
-        """The models packed; their parameters are from then on views of the stacked ones."""
-        return cls(models)
-
     def __len__(self) -> int:
         return len(self.models)
 

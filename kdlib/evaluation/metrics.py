@@ -44,10 +44,9 @@ class Evaluation:
     ``metrics``: evaluation, temperature, domains, reliability and, for a pool, pool: for a split, the mean member's NLL, the best
     one's and the ambiguity of the two pools. Where members have weights it also has ``weights`` (of each, the mean over tokens),
     ``member_nll_weighted``, of which the pool's NLL is less by the ambiguity, and ``oracle_nll``, that of the likeliest member for
-    each token, which no router can beat. ``documents``: a row per
-    document with its summed ``nll`` (nats) and number of ``correct`` top-1 predictions. ``target_logprobs``: float16
-    [positions] a split, in split order. ``work``: FLOPs of a forward pass of all members over all splits (what fitting
-    the temperature repeats of the output layer is not counted), and seconds.
+    each token, which no router can beat. ``documents``: a row per document with its summed ``nll`` (nats) and number of
+    ``correct`` top-1 predictions. ``target_logprobs``: float16 [positions] a split, in split order. ``work``: FLOPs of a forward pass
+    of all members over all splits (what fitting the temperature repeats of the output layer is not counted), and seconds.
     """
 
     metrics: dict[str, Any]

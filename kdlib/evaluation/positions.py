@@ -1,5 +1,7 @@
 """What is known of every predicting position of a split, in split order: a model's hidden state, a router's weights."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -25,21 +27,15 @@ def hidden_states(
             f"once, got {np.count_nonzero(index >= 0)}. Pack all windows of this split."
         )
     parameter = next(model.parameters())
-    dtype, device = autocast or parameter.dtype, parameter.device
-    decoder, states = body(model), None
-    for start in bar(range(0, len(index), batch_size), f"evaluating {split.name}"):
-        part = index[start : start + batch_size]
-        batch = {name: torch.from_numpy(values).to(device) for name, values in rows(split, part).items()}
+    dtype, device, decoder = autocast or parameter.dtype, parameter.device, body(model)
+
+    def states(batch: dict[str, Tensor]) -> Tensor:
         mask = attention_mask(batch["segments"], dtype)
+        inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "attention_mask": mask}
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            output = decoder(
-                input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=mask, use_cache=False
-            )
-        hidden = output.last_hidden_state[torch.from_numpy(part >= 0).to(device)].to(dtype)
-        if states is None:
-            states = hidden.new_empty(len(positions), hidden.shape[-1])
-        states[torch.from_numpy(np.searchsorted(positions, part[part >= 0])).to(device)] = hidden
-    return states
+            return decoder(**inputs, use_cache=False).last_hidden_state.to(dtype)
+
+    return _in_split_order(states, split, index, batch_size, device, f"evaluating {split.name}")
 
 
 def routed_weights(router: nn.Module, split: Split, index: np.ndarray, batch_size: int) -> Tensor:
@@ -47,13 +43,22 @@ def routed_weights(router: nn.Module, split: Split, index: np.ndarray, batch_siz
 
     ``index``: packed rows with every predicting position once, of which a window sees no other.
     """
-    positions, found = predicting_positions(split), None
     device = next(router.buffers()).device
-    for start in range(0, len(index), batch_size):
+    return _in_split_order(
+        lambda batch: router(batch["input_ids"], position_ids=batch["position_ids"]), split, index, batch_size, device, f"routing {split.name}"
+    )
+
+
+def _in_split_order(
+    measure: Callable[[dict[str, Tensor]], Tensor], split: Split, index: np.ndarray, batch_size: int, device: torch.device, told: str
+) -> Tensor:
+    """What ``measure`` gives [rows, positions, width] for batches of packed rows, put in split order: [positions, width]."""
+    positions, found = predicting_positions(split), None
+    for start in bar(range(0, len(index), batch_size), told):
         part = index[start : start + batch_size]
         batch = {name: torch.from_numpy(values).to(device) for name, values in rows(split, part).items()}
-        weights = router(batch["input_ids"], position_ids=batch["position_ids"])[torch.from_numpy(part >= 0).to(device)]
+        measured = measure(batch)[torch.from_numpy(part >= 0).to(device)]
         if found is None:
-            found = weights.new_empty(len(positions), weights.shape[-1])
-        found[torch.from_numpy(np.searchsorted(positions, part[part >= 0])).to(device)] = weights
+            found = measured.new_empty(len(positions), measured.shape[-1])
+        found[torch.from_numpy(np.searchsorted(positions, part[part >= 0])).to(device)] = measured
     return found

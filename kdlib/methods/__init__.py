@@ -12,9 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from kdlib.errors import KdlibError
-from kdlib.study.parameters import Share
 from kdlib.study.plan import Planner, Step
-from kdlib.study.schedules import scheduled
 
 
 class Method(BaseModel, ABC):
@@ -45,36 +43,6 @@ class Method(BaseModel, ABC):
         if "text" in self.student:
             raise KdlibError(f"text of student must be left out, since the method chooses it, got {self.student['text']}.")
         return self.student | {"text": text}
-
-
-class Taught(Method):
-    """A way in which members are taught by members before them; a subclass says by which.
-
-    The first is the profile's student with ``first`` on top, and with the student's own ``kd_weight``.
-    """
-
-    kd_weight: scheduled(Share) | None = Field(
-        None, description="of the members that are taught by others, constant or on a schedule; None: the student's"
-    )
-    first: dict[str, Any] = Field({}, description="what sets the first member apart, such as {objective: ce}: taught by text alone")
-
-    @abstractmethod
-    def teacher(self, before: list[Step]) -> Any:
-        """Who teaches the next member: one of those before it, or a list of them, which stands for their probability pool."""
-
-    def members(self, plan: Planner) -> list[Step]:
-        """A student a seed, each but the first taught by members before it.
-
-        Raises:
-            KdlibError: objective ce, which no teacher reaches.
-        """
-        found = [plan.student(**self.student | self.first | {"seed": self.seeds[0]})]
-        own = {} if self.kd_weight is None else {"kd_weight": self.kd_weight}
-        for seed in self.seeds[1:]:
-            found.append(plan.student(**self.student | own | {"seed": seed, "teacher": self.teacher(found)}))
-            if found[-1].parameters.objective == "ce":
-                raise KdlibError("objective of members must be kd or online_kd to be taught by others, got ce. Give it to `first` alone.")
-        return found
 
 
 def names() -> list[str]:

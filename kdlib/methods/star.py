@@ -1,10 +1,10 @@
 """A star: every member learns from the first."""
 
-from kdlib.methods import Taught
+from kdlib.methods.chain import Chain
 from kdlib.study.plan import Step
 
 
-class Star(Taught):
+class Star(Chain):
     """Students of one student: the control of a chain that keeps its teacher.
 
     As many members are taught by a student as in :class:`kdlib.methods.chain.Chain` (Furlanello et al. 2018, arXiv

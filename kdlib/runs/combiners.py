@@ -100,8 +100,8 @@ def by_gate(
     rows = gating.rows_within(asked.share * spent, loaded, gate, block_length, asked.epochs)
     if rows < 1:
         raise KdlibError(
-            f"`share` of a gate must pay for one row of {block_length} tokens, got {asked.share} of a member's {spent:.2g} FLOPs. Give a "
-            "larger share, or train members for longer."
+            f"`share` of a gate must pay for one row of {block_length} tokens, got {asked.share} of {spent:.2g} FLOPs. Give a larger "
+            "share, or train members for longer."
         )
     kept = inputs["targets"].settings["parameters"].get("temperature", 1.0)
     cache = artefacts.open_targets(inputs["targets"], inputs["corpus"], train, kept)

@@ -91,8 +91,7 @@ class Planner:
         label = label or described.label(values)
         if values in self._under_way:
             raise KdlibError(
-                f"A run must not lead back to itself, got {label}, which does. End the chain of runs with a teacher, or with a "
-                "student of objective ce."
+                f"A run must not lead back to itself, got {label}. End the chain of runs with a teacher, or with a student of objective ce."
             )
         self._under_way.append(values)
         try:

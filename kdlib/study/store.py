@@ -245,8 +245,8 @@ def exported_commit() -> str:
     if re.fullmatch("[0-9a-f]{40}", found):
         return found
     raise KdlibError(
-        f"Runs must say which commit made them, got a copy of the code without any in {REPOSITORY}. Use a git clone, or a copy "
-        "exported with: git archive HEAD"
+        f"Runs must say which commit made them, got code without any in {REPOSITORY}. Use a git clone, or a copy exported with: git "
+        "archive HEAD"
     )
 
 

@@ -73,8 +73,8 @@ class DistillationTrainer(Trainer):
     ):
         if int(processes := os.environ.get("WORLD_SIZE", "1")) > 1:
             raise KdlibError(
-                f"A run must be trained by one process, got WORLD_SIZE={processes}. Start python, not torchrun; kdlib make --all --share "
-                "0/2 and 1/2 make runs side by side."
+                f"A run must be trained by one process, got WORLD_SIZE={processes}. Start python, not torchrun; kdlib make --all --share 0/2 "
+                "makes runs side by side."
             )
         low_precision.require(settings.low_precision)
         if not len(index):
