@@ -1059,7 +1059,7 @@ def test_a_disk_too_small_is_refused_before_the_teacher_runs(tmp_path, kind, mon
     write(tmp_path / "elsewhere", kind)
     needed = bound(kind, make_split(), tmp_path / "elsewhere")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 10**12 - needed + 1, needed - 1))
-    with pytest.raises(KdlibError, match=r"must have up to .* GB free for the targets"):
+    with pytest.raises(KdlibError, match=r"must have up to .* GB free for targets"):
         write(tmp_path / "targets", kind, refuse_to_think(make_model(0)))
     # What was refused leaves the folder free for fewer bytes, and exactly enough is enough.
     write(tmp_path / "targets", Kind("topk", top_k=1))
