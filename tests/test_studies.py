@@ -48,6 +48,17 @@ GRIDS = {
         "base": {"objective": "online_kd", "batch_size": 8},
         "students": {"real text": {}, "random tokens": {"text": "uniform"}, "50 % & more": {"text": "generated"}, "easy": {"text": EASY}},
     },
+    "leaderboard": {
+        "seeds": [1, 2, 3, 4],
+        "members": 2,
+        "base": {"kd_weight": 1.0},
+        "ensembles": {
+            "independent": {},
+            "bagging": {"method": "bagging", "options": {"share": 0.7}},
+            "geometric": {"pool": "logit"},
+            "one for longer": {"members": 1, "student": {"epochs": 4}},
+        },
+    },
     "my_depths": {"seeds": [1, 2], "base": {"batch_size": 4}, "students": {"one layer": {}}, "vary": {"layers": [2, 3]}},
 }  # fmt: skip
 
@@ -136,7 +147,7 @@ def analysed_copy(home, printed, tmp_path, monkeypatch):
 
 
 def test_students_are_told_cell_by_cell_as_their_runs_measured_them(profile, home):
-    table = studies.students(profile, "losses")
+    table = studies.models(profile, "losses")
     assert list(table.cell) == [cell for cell in GRIDS["losses"]["students"] for _ in range(2)]
     assert list(table.seed) == [1, 2] * 3
     row, found = table.iloc[3], table.run.iloc[3].metrics
@@ -150,7 +161,7 @@ def test_students_are_told_cell_by_cell_as_their_runs_measured_them(profile, hom
 
 
 def test_a_teacher_in_the_loop_is_paid_by_its_student_and_cached_targets_apart(profile, home):
-    online, cached = studies.students(profile, "features").iloc[0], studies.students(profile, "losses").iloc[0]
+    online, cached = studies.models(profile, "features").iloc[0], studies.models(profile, "losses").iloc[0]
     training = online.run.metrics["training"]
     assert online.flops == training["flops"] + training["teacher_flops"] > training["flops"] == cached.flops
     targets = store.find(profile, cached.run.settings["inputs"]["targets"]).metrics["flops"]
@@ -158,7 +169,7 @@ def test_a_teacher_in_the_loop_is_paid_by_its_student_and_cached_targets_apart(p
 
 
 def test_redrawn_targets_cost_what_the_dense_ones_did(profile, fresh):
-    row = studies.students(profile, "losses").iloc[0]
+    row = studies.models(profile, "losses").iloc[0]
     dense = store.find(profile, row.run.settings["inputs"]["targets"])
     drawn = dense.path.with_name("targets-000000000000")
     shutil.copytree(dense.path, drawn)
@@ -169,18 +180,18 @@ def test_redrawn_targets_cost_what_the_dense_ones_did(profile, fresh):
     settings = row.run.settings
     settings["inputs"]["targets"] = drawn.name
     store.write_json(row.run.path / "settings.json", settings)
-    assert studies.students(profile, "losses").target_flops[0] == dense.metrics["flops"]
+    assert studies.models(profile, "losses").target_flops[0] == dense.metrics["flops"]
 
 
 def test_settings_are_those_that_the_run_reads(profile, home):
-    table = studies.students(profile, "weights").drop_duplicates("cell")
+    table = studies.models(profile, "weights").drop_duplicates("cell")
     found = dict(zip(table.cell, studies.setting(table, "kd_weight", "none"), strict=True))
     assert found["CE"] == found["CE to KD, linear"] == "none" and found["kd_weight 0.5, temperature 2.0"] == 0.5
     assert studies.setting(table, "temperature")[0] is None
 
 
 def test_means_keep_the_order_of_the_grid_and_count_runs(profile, home):
-    table = studies.students(profile, "weights")
+    table = studies.models(profile, "weights")
     means = studies.means(table)
     assert list(means.cell) == list(table.cell.unique()) and set(means.runs) == {2}
     one = table[table.cell == "CE"].nll
@@ -196,13 +207,13 @@ def test_fidelity_is_told_by_the_cells_of_the_profile(profile, home):
 
 
 def test_the_teacher_of_a_grid_is_the_one_its_students_learn_from(profile, home):
-    table = studies.students(profile, "initialisation")
+    table = studies.models(profile, "initialisation")
     started = table.run.iloc[-1].settings["inputs"]["teacher"]
     assert studies.teacher(profile, table).id == started
     taught = table[table.cell == "from scratch"]
     assert "teacher" not in taught.run[0].settings["inputs"], "knows it through its targets alone"
     assert studies.teacher(profile, taught).id == started
-    ce = studies.students(profile, "weights").query("cell == 'CE'")
+    ce = studies.models(profile, "weights").query("cell == 'CE'")
     with pytest.raises(KdlibError, match="those of CE have 0"):
         studies.teacher(profile, ce)
 
@@ -211,7 +222,7 @@ def test_the_teacher_of_a_grid_is_the_one_its_students_learn_from(profile, home)
 
 
 def test_the_best_cell_is_chosen_on_validation_text_alone(profile, fresh):
-    table = studies.students(profile, "weights")
+    table = studies.models(profile, "weights")
     constants = [cell for cell in table.cell.unique() if cell.startswith("kd_weight")]
     for row in table.itertuples():
         metrics(
@@ -220,28 +231,28 @@ def test_the_best_cell_is_chosen_on_validation_text_alone(profile, fresh):
             test=1.0 + 4.0 * (row.cell == constants[2]),
             ood=1.0,
         )
-    after = studies.students(profile, "weights")
+    after = studies.models(profile, "weights")
     assert studies.best(after) == studies.best(after, constants) == constants[2]
     assert after.groupby("cell").nll.mean().idxmax() == constants[2], "the worst on test"
     assert studies.best(after, constants[:2]) in constants[:2]
 
 
 def test_a_mean_chooses_not_a_lucky_seed(profile, fresh):
-    table = studies.students(profile, "weights")
+    table = studies.models(profile, "weights")
     for row in table.itertuples():
         lucky = 3.0 if (row.cell, row.seed) == ("CE", 1) else 5.0
         metrics(row.run, validation=4.5 if row.cell == "CE to KD, linear" else lucky if row.seed == 1 else 6.5)
-    assert studies.best(studies.students(profile, "weights")) == "CE to KD, linear"
+    assert studies.best(studies.models(profile, "weights")) == "CE to KD, linear"
 
 
 def test_nothing_to_choose_from_is_told(profile, home):
     with pytest.raises(KdlibError, match="The grid must hold students to choose from, got forward KL, total variation"):
-        studies.best(studies.students(profile, "losses"), ["reverse KL"])
+        studies.best(studies.models(profile, "losses"), ["reverse KL"])
 
 
 def test_the_reference_is_the_first_cell_or_the_constant_that_validation_chose(profile, home):
     for grid, reference in {"losses": "forward KL", "my_depths": "one layer", "weights": BEST_ON_VALIDATION}.items():
-        table = studies.students(profile, grid)
+        table = studies.models(profile, grid)
         found = studies.best(table, studies.candidates(table, grid))
         assert found == reference
         told = [a for a, b in studies.compared(table, grid, found) if b == found]
@@ -256,7 +267,7 @@ def test_the_reference_is_the_first_cell_or_the_constant_that_validation_chose(p
 
 
 def test_differences_are_one_family_with_sentences_that_name_the_cells(profile, home):
-    table = studies.students(profile, "losses")
+    table = studies.models(profile, "losses")
     pairs = studies.against(table, "forward KL")
     assert pairs == [("total variation", "forward KL"), ("JSD, β = 0.5", "forward KL")]
     found = studies.differences(table, pairs)
@@ -277,7 +288,7 @@ def test_differences_are_one_family_with_sentences_that_name_the_cells(profile, 
 
 
 def test_cells_that_are_not_compared_tell_how_seeds_vary_too(profile, home):
-    table = studies.students(profile, "weights")
+    table = studies.models(profile, "weights")
     pairs = [("CE to KD, linear", "CE")]
     whole, alone = studies.differences(table, pairs), studies.differences(table[table.cell.isin(pairs[0])], pairs)
     np.testing.assert_allclose(whole.difference, alone.difference)
@@ -290,7 +301,7 @@ def test_cells_that_are_not_compared_tell_how_seeds_vary_too(profile, home):
 
 
 def test_equivalence_with_the_reference_is_a_family_a_measure(profile, home):
-    table = studies.students(profile, "losses")
+    table = studies.models(profile, "losses")
     found = studies.equivalences(table, "forward KL", {"nll": 0.01, "ece": 0.005})
     assert found[["a", "measure"]].to_numpy().tolist() == [[a, m] for m in ("nll", "ece") for a in ("total variation", "JSD, β = 0.5")]
     told = studies.differences(table, studies.against(table, "forward KL"))
@@ -300,7 +311,7 @@ def test_equivalence_with_the_reference_is_a_family_a_measure(profile, home):
 
 
 def test_one_cell_is_nothing_to_compare(profile, home):
-    table = studies.students(profile, "losses").query("cell == 'forward KL'")
+    table = studies.models(profile, "losses").query("cell == 'forward KL'")
     with pytest.raises(KdlibError, match="two cells or more; its grid holds forward KL"):
         studies.differences(table, studies.against(table, "forward KL"))
 
@@ -310,24 +321,24 @@ def test_a_grid_that_was_not_made_is_told_with_the_command_that_makes_it(profile
     plan["grids"].pop("losses")
     store.write_json(fresh / "plan.json", plan)
     with pytest.raises(KdlibError, match="no grid 'losses'.*make paper PROFILE=.*grids.* GRIDS=losses"):
-        studies.students(profile, "losses")
+        studies.models(profile, "losses")
 
 
 def test_a_missing_student_is_named(profile, fresh):
-    shutil.rmtree(studies.students(profile, "data").run[0].path)
+    shutil.rmtree(studies.models(profile, "data").run[0].path)
     with pytest.raises(KdlibError, match="data: real text, seed 1"):
-        studies.students(profile, "data")
+        studies.models(profile, "data")
 
 
 def test_scores_that_are_missing_stop_no_table_and_leave_costs_unknown(profile, invented, fresh):
     scores = [shutil.copytree(run, fresh / "runs" / run.name) for run in (invented / "aside").iterdir()]
-    tables = [studies.means(studies.students(profile, "data")), comparison.mean_losses(comparison.models(profile))]
+    tables = [studies.means(studies.models(profile, "data")), comparison.mean_losses(comparison.models(profile))]
     flops = comparison.models(profile).flops
     costs = accounts.cost(profile).set_index("what")
     assert scores and flops[comparison.models(profile).role != "teacher"].notna().all()
     for run in scores:
         shutil.rmtree(run)
-    again = [studies.means(studies.students(profile, "data")), comparison.mean_losses(comparison.models(profile))]
+    again = [studies.means(studies.models(profile, "data")), comparison.mean_losses(comparison.models(profile))]
     for before, after in zip(tables, again, strict=True):
         pd.testing.assert_frame_equal(before, after)
     models, left = comparison.models(profile), accounts.cost(profile).set_index("what")
@@ -428,3 +439,29 @@ def test_the_paper_of_every_grid_compiles(profile, analysed_copy):
     for about in map(grids.describe, GRIDS):
         stem = "targets" if about.stem == "targets_grid" else about.stem
         assert rf"\newlabel{{{stem if stem == 'my_depths_grid' else stem.replace('_', '-')}}}" in labels
+
+
+def test_an_ensemble_of_a_grid_is_measured_as_it_is_kept(profile, home):
+    table, formed = studies.models(profile, "leaderboard"), store.formed(profile, "leaderboard")
+    assert dict(table.cell.value_counts()) == dict.fromkeys(GRIDS["leaderboard"]["ensembles"], 2)
+    for row in table.itertuples():
+        members = [row.run.beside(one) for one in formed[row.run.id]]
+        assert sorted(formed[row.run.id]) == sorted(row.run.metrics["members"]) if len(members) > 1 else True
+        assert row.size == len(members) == (1 if row.cell == "one for longer" else 2)
+        assert row.tokens == sum(one.metrics["training"]["tokens"] for one in members)
+        assert row.nll == row.run.metrics["evaluation"]["test"]["nll"]
+        assert row.member_nll - row.ambiguity == pytest.approx(row.nll)
+    assert [one.metrics["training"] is not None for one in members]
+    first = [one.settings["parameters"]["seed"] for one in (table.run[0].beside(two) for two in formed[table.run[0].id])]
+    assert first == [1, 2]
+
+
+def test_ensembles_of_a_grid_are_compared_group_by_group(profile, home):
+    table = studies.models(profile, "leaderboard")
+    found = studies.differences(table, studies.compared(table, "leaderboard", studies.best(table, studies.candidates(table, "leaderboard"))))
+    assert set(found.b) == {"independent"} and set(found.a) == {"bagging", "geometric", "one for longer"}
+    gaps = table.pivot(index="seed", columns="cell", values="nll")
+    row = found[(found.a == "geometric") & (found.split == "test")].iloc[0]
+    tokens = comparison.losses(list(table.run[:1]), "test")
+    assert row.runs == 2 and np.isfinite([row.low, row.high]).all() and len(tokens.tokens)
+    assert set(gaps.columns) == set(GRIDS["leaderboard"]["ensembles"])

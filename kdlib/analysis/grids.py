@@ -1,16 +1,21 @@
-"""What is special of each grid of students: what it asks, the reference, the columns of its table, the panels of its figure.
+"""What is special of each grid of students or ensembles: what it asks, the reference, the columns of its table, the panels of its figure.
 
 A description is data alone, so that whoever lists analyses imports neither matplotlib nor scipy. What a panel draws is in
 :mod:`kdlib.analysis.panels`, how students are measured and chosen in :mod:`kdlib.analysis.studies`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from kdlib.study import store
 
 STUDENT = {"Student": "{cell}", "Runs": "{runs}", "Tokens": "{tokens:si}", "NLL": "{nll:.3f}"}
 QUALITY = {"Calibrated NLL": "{nll_calibrated:.3f}", "ECE": "{ece:.3f}", "Accuracy": "{accuracy:.3f}"}
 OOD = {"Out of domain": "{ood_nll:.3f}"}
 SPEED = {"Tokens/s": "{tokens_per_second:si}"}
 WORK = {"Training FLOPs": "{flops:si}"}
+ENSEMBLE = {"Ensemble": "{cell}", "Groups": "{runs}", "NLL": "{nll:.3f}", "Members on average": "{member_nll:.3f}"}
+ENSEMBLE |= {"Ambiguity": "{ambiguity:.3f}"} | OOD | QUALITY | {"ECE, calibrated": "{ece_calibrated:.3f}"}
+ENSEMBLE |= {"FLOPs / reference": "{relative_flops:.2f}"}
 _CALIBRATION = {"calibrated": "{nll_calibrated:.3f}", "ece": "{ece:.3f}"}
 
 
@@ -30,6 +35,7 @@ class Grid:
         numbers: numbers of the paper that each cell gives: name → format string.
         panels: what the figure shows, from left to right, by the names of :data:`kdlib.analysis.panels.PANELS`.
         widths: of the panels, relative to one another.
+        growth: whether it is also told what every further member adds (``14_growth``); its cells are ensembles.
     """
 
     stem: str
@@ -45,9 +51,37 @@ class Grid:
     numbers: dict[str, str] = field(default_factory=lambda: {"ood": "{ood_nll:.3f}"} | _CALIBRATION)
     panels: tuple[str, ...] = ("loss", "difference in domain", "difference out of domain")
     widths: tuple[float, ...] = (1, 1.2, 1.2)
+    growth: bool = False
 
 
+_ENSEMBLES = Grid(
+    stem="",
+    about="**How do ensembles that differ in one respect compare?** The profile says what sets each apart; groups are of unlike seeds. "
+    "FLOPs are all that making an ensemble took, scoring and written text included, but the teacher's training. The figure: "
+    "differences from the reference, group by group, on test and out-of-domain text.",
+    student="ensemble “{}”",
+    columns=ENSEMBLE,
+    numbers=_CALIBRATION | {"ood": "{ood_nll:.3f}", "ambiguity": "{ambiguity:.3f}", "accuracy": "{accuracy:.3f}"},
+    panels=("difference in domain", "difference out of domain"),
+    widths=(1, 1),
+)
 KNOWN = {
+    "leaderboard": replace(
+        _ENSEMBLES,
+        stem="leaderboard",
+        about="**Which way of forming an ensemble is worth it at equal compute?** Groups of students that are formed in unlike ways, "
+        "against independent ones. FLOPs are all that making an ensemble took, scoring and written text included, but the teacher's "
+        "training: where they are not one times the reference's, compute is not equal. All share the student's settings, which were "
+        "not tuned for any method. The figure: differences from the reference on test and out-of-domain text.",
+    ),
+    "chain": replace(
+        _ENSEMBLES,
+        stem="chain",
+        about="**Who should teach the next member?** Nobody but the profile's teacher (independent), the member before it (chain), the "
+        "first (star), or the pool of all before it (all previous). The figure: differences from independent members on test and "
+        "out-of-domain text. What every further member adds is told by `14_growth`.",
+        growth=True,
+    ),
     "weights": Grid(
         stem="kd_weight",
         about="**How much should a student listen to its teacher, how softly, and when?** `kd_weight` shares a student's loss between "
@@ -113,9 +147,20 @@ KNOWN = {
 }
 
 
-def describe(name: str) -> Grid:
-    """How the grid called ``name`` is analysed: as one of :data:`KNOWN`, else by default.
+def describe(name: str, formed: bool = False) -> Grid:
+    """How the grid called ``name`` is analysed: as one of :data:`KNOWN`, else by default; ``formed``: its cells are ensembles.
 
     Grids of a profile's own keep their tables under ``<name>_grid``, which no other analysis writes.
     """
-    return KNOWN.get(name) or Grid(stem=f"{name}_grid")
+    if name in KNOWN:
+        return KNOWN[name]
+    return replace(_ENSEMBLES, stem=f"{name}_grid") if formed else Grid(stem=f"{name}_grid")
+
+
+def of(profile: str, name: str) -> Grid:
+    """How a grid that the profile's results hold is analysed.
+
+    Raises:
+        KdlibError: the profile was never run here.
+    """
+    return describe(name, bool(store.formed(profile, name)))

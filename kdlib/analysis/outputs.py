@@ -23,13 +23,13 @@ class Analysis:
 
     @property
     def name(self) -> str:
-        """What its numbers are kept under: the notebook's name, with the grid for :data:`GRID_NOTEBOOK`."""
-        return f"{self.notebook}_{self.grid}" if self.notebook == GRID_NOTEBOOK else self.notebook
+        """What its numbers are kept under: the notebook's name, with the grid for :data:`GRID_NOTEBOOKS`."""
+        return f"{self.notebook}_{self.grid}" if self.notebook in GRID_NOTEBOOKS else self.notebook
 
     @property
     def arguments(self) -> list[str]:
         """What ``kdlib run`` is told, beside the profile, to run it."""
-        setting = ["--set", f"grid={self.grid}"] if self.notebook == GRID_NOTEBOOK else []
+        setting = ["--set", f"grid={self.grid}"] if self.notebook in GRID_NOTEBOOKS else []
         return [f"notebooks/{self.notebook}.ipynb", *setting]
 
     @property
@@ -38,7 +38,8 @@ class Analysis:
         return [stem for stem in self.tables if stem.endswith("_differences")]
 
 
-GRID_NOTEBOOK = "21_grid"
+GRID_NOTEBOOK, GROWTH_NOTEBOOK = "21_grid", "14_growth"
+GRID_NOTEBOOKS = (GRID_NOTEBOOK, GROWTH_NOTEBOOK)
 # The analyses of a profile's comparison, and that of the one grid with a notebook of its own.
 COMPARISON = [
     Analysis(
@@ -60,6 +61,9 @@ def analyses(held: Iterable[str]) -> dict[str, Analysis]:
     found = sorted(found, key=lambda one: one.notebook)
     for grid in sorted(held, key=[*grids.KNOWN, *held].index):
         if grid != TARGETS.grid:
-            stem = grids.describe(grid).stem
+            about = grids.describe(grid)
+            stem = about.stem
             found.append(Analysis(GRID_NOTEBOOK, [stem, f"{stem}_runs", f"{stem}_differences"], [stem], grid))
+            if about.growth:
+                found.append(Analysis(GROWTH_NOTEBOOK, [f"{stem}_growth"], [f"{stem}_growth"], grid))
     return {one.name: one for one in found}

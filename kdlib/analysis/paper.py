@@ -74,7 +74,7 @@ def generate(profile: str) -> Path:
         items = [f"\\item {report.latex(sentence)}\n" for sentence in report.findings(profile, stem)]
         (folder / f"findings-{stem}.tex").write_text("".join(items), encoding="utf-8")
     # A grid of the profile's own has no text in paper/ to bring it in.
-    own = [(one.grid, one.tables[0]) for one in analyses if one.grid and not (SOURCE / f"{one.tables[0]}.tex").is_file()]
+    own = [(one.grid, one.tables[0]) for one in analyses if one.grid and one.findings and not (SOURCE / f"{one.tables[0]}.tex").is_file()]
     calls = [f"\\owngrid{{{report.latex(grid)}}}{{{stem}}}\n" for grid, stem in own]
     (folder / "own-grids.tex").write_text("".join(calls), encoding="utf-8")
     return folder

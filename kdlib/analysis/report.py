@@ -217,6 +217,7 @@ _TARGETS = {
     "Within 0.01 nats": "{nll_within}",
     "0.005 of ECE": "{ece_within}",
 }
+GROWTH = {"Ensemble": "{cell}", "k": "{size}", "Member k": "{nll:.3f}", "First k together": "{pool_nll:.3f}"}
 TABLES = {
     "corpus": Table("corpus", _CORPUS),
     "vocabulary": Table("vocabulary", _VOCABULARY),
@@ -237,7 +238,9 @@ TABLES = {
 def tables(profile: str) -> dict[str, Table]:
     """The tables of the paper that the profile's results hold: those of its comparison, and one for each of its grids."""
     held = store.grids(profile)
-    found = TABLES | {about.stem: Table(about.stem, about.columns) for about in map(grids.describe, held)}
+    about = [grids.of(profile, name) for name in held]
+    found = TABLES | {one.stem: Table(one.stem, one.columns) for one in about}
+    found |= {f"{one.stem}_growth": Table(f"{one.stem}_growth", GROWTH) for one in about if one.growth}
     written = {stem for analysis in outputs.analyses(held).values() for stem in analysis.tables}
     return {name: table for name, table in found.items() if table.csv in written}
 
@@ -332,7 +335,7 @@ def _studies(profile: str) -> list[str]:
     """What each grid found on test text: who is better or worse than its reference, and by how much."""
     body, seeds = [], set()
     for analysis in outputs.analyses(store.grids(profile)).values():
-        if analysis.grid:
+        if analysis.grid and analysis.findings:
             stem = analysis.tables[0]
             found = rows(profile, f"{stem}_differences", {"split": "test"})
             told = {verdict: [row for row in found if row["verdict"] == verdict] for verdict in ("yes", "no")}
@@ -346,9 +349,9 @@ def _studies(profile: str) -> list[str]:
     if not body:
         return []
     about = (
-        f"Single students that differ in one respect ({' or '.join(sorted(seeds))} seeds each), against the reference of their "
+        f"Models that differ in one respect ({' or '.join(sorted(seeds))} seeds or groups of seeds each), against the reference of their "
         "study, paired by seed: who is shown to have the lower test loss, and who is shown not to (difference in nats per token, "
-        "p ≤ 0.05 after Holm). Tokens: those that a student was trained on, repeated or not."
+        "p ≤ 0.05 after Holm). Tokens: those that a student, or all members of an ensemble, were trained on, repeated or not."
     )
     return [about, markdown_table(["Study", "Tokens", "Reference", "Better", "Not better", "Undecided"], body)]
 

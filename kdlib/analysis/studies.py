@@ -1,6 +1,6 @@
-"""What a profile's grids found: single students that differ in one respect, cell by cell.
+"""What a profile's grids found: single students, or ensembles, that differ in one respect, cell by cell.
 
-A *cell* is one such student, by the name that the profile gives it; its runs differ in their seeds alone. A cell is
+A *cell* is one such student or ensemble, by the name that the profile gives it; its runs differ in their seeds alone. A cell is
 chosen by validation text, and told about by test text.
 """
 
@@ -11,27 +11,35 @@ import numpy as np
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
-from kdlib.analysis import comparison, grids, statistics
+from kdlib.analysis import comparison, grids, ledger, statistics
 from kdlib.errors import KdlibError
 from kdlib.study import store
 
 ON_TEST = ("nll", "nll_calibrated", "ece", "accuracy")
 
 
-def students(profile: str, grid: str) -> pd.DataFrame:
-    """The students of a grid (any but ``targets``), a row each, cell by cell in the order of the profile.
+def models(profile: str, grid: str) -> pd.DataFrame:
+    """The models of a grid (any but ``targets``), students or ensembles, a row each, cell by cell in the order of the profile.
 
-    Columns: cell, seed, validation_nll, ood_nll; of test text nll, nll_calibrated, ece, accuracy; parameters,
-    non_embedding; of its training tokens, seconds, tokens_per_second and flops (the student's passes, and those of a
-    teacher in the loop); target_flops: what the teacher computed for the targets that the run read, which all their
-    students share (0 where it read none); run. What a teacher computed to write text or to choose it is in neither.
+    Columns: cell, seed (of an ensemble the number of its group of seeds), validation_nll, ood_nll; of test text nll,
+    nll_calibrated, ece, ece_calibrated (ensembles alone), accuracy; parameters, non_embedding; run; and
+
+    - of students tokens, seconds, tokens_per_second and flops of their training (the student's passes, and those of a teacher in
+      the loop); target_flops: what the teacher computed for the targets that the run read, which all their students share (0 where
+      it read none). What a teacher computed to write text or to choose it is in neither;
+    - of ensembles size (members), tokens (trained on, all members'), flops (:func:`kdlib.analysis.ledger.making`), member_nll (their
+      mean on test text, or the only one's) and ambiguity.
+
     Further ones are those that the grid's description asks for (:mod:`kdlib.analysis.grids`): settings, NaN where a student
     has none of its own, and share, the student's accuracy divided by its teacher's.
 
     Raises:
         KdlibError: the results hold no such grid, or not all of its runs; or its students share no teacher, and it tells shares.
     """
-    about, cells = grids.describe(grid), store.cells(profile, grid).items()
+    about, cells, formed = grids.of(profile, grid), store.cells(profile, grid).items(), store.formed(profile, grid)
+    if formed:
+        rows = [_pooled(profile, run, formed[run.id]) | {"cell": cell, "seed": n} for cell, runs in cells for n, run in enumerate(runs, 1)]
+        return pd.DataFrame(rows).set_index("cell").reset_index()
     table = pd.DataFrame([{"cell": cell} | _measured(profile, run) for cell, found in cells for run in found])
     for name in about.settings:
         table[name] = setting(table, name, np.nan)
@@ -40,15 +48,29 @@ def students(profile: str, grid: str) -> pd.DataFrame:
     return table
 
 
+def _evaluated(metrics: dict, names: Sequence[str]) -> dict:
+    text, size = metrics["evaluation"], metrics["parameters"]
+    row = {"validation_nll": text["validation"]["nll"], "ood_nll": text["ood"]["nll"]} | {name: text["test"][name] for name in names}
+    return row | {"parameters": size["total"], "non_embedding": size["non_embedding"]}
+
+
 def _measured(profile: str, run: store.Run) -> dict:
     settings, metrics = run.settings, run.metrics
-    text, training, size = metrics["evaluation"], metrics["training"], metrics["parameters"]
-    row = {"seed": settings["parameters"]["seed"], "validation_nll": text["validation"]["nll"]}
-    row |= {"ood_nll": text["ood"]["nll"]} | {name: text["test"][name] for name in ON_TEST}
-    row |= {"parameters": size["total"], "non_embedding": size["non_embedding"]}
+    training = metrics["training"]
+    row = {"seed": settings["parameters"]["seed"]} | _evaluated(metrics, ON_TEST)
     row |= {name: training[name] for name in ("tokens", "seconds", "tokens_per_second")}
     row["flops"] = training["flops"] + training.get("teacher_flops", 0)
     return row | {"target_flops": _target_flops(profile, settings["inputs"]), "run": run}
+
+
+def _pooled(profile: str, run: store.Run, members: Sequence[str]) -> dict:
+    metrics = run.metrics
+    pool = metrics.get("pool", {}).get("test", {})
+    row = _evaluated(metrics, (*ON_TEST, "ece_calibrated")) | {"size": len(members)}
+    row["tokens"] = sum(run.beside(one).metrics["training"]["tokens"] for one in members)
+    row |= {"flops": ledger.making(profile, run), "member_nll": pool.get("member_nll_mean", row["nll"])}
+    row["ambiguity"] = pool.get("member_nll_weighted", row["member_nll"]) - row["nll"]
+    return row | {"run": run}
 
 
 def _target_flops(profile: str, inputs: dict[str, str]) -> float:
@@ -68,7 +90,7 @@ def target_runs(profile: str) -> pd.DataFrame:
     text nll, ece, full_ece, nll_calibrated, tokens (trained on), run (the student's).
 
     Raises:
-        KdlibError: as :func:`students`.
+        KdlibError: as :func:`models`.
     """
     rows = []
     for cell, found in store.cells(profile, "targets").items():
@@ -120,7 +142,7 @@ def speed_label(profile: str, table: pd.DataFrame) -> str:
 
 
 def means(table: pd.DataFrame) -> pd.DataFrame:
-    """Means over the seeds of :func:`students` or :func:`target_runs`, a row a cell, in the order of the grid.
+    """Means over the seeds of :func:`models` or :func:`target_runs`, a row a cell, in the order of the grid.
 
     ``runs`` counts them; ``seed_standard_error`` is that of the test NLL over seeds, NaN for one.
     """

@@ -4,7 +4,7 @@ An *entry* is a row's worth of the comparison: one run with its method, its role
 entries beside the results; tables read them there, and infer nothing from names or settings.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from kdlib.errors import KdlibError
 from kdlib.study import store
 from kdlib.study.kinds import kinds as all_kinds
+from kdlib.study.parameters import Parameters
 from kdlib.study.plan import Planner, Step, with_upstream
 from kdlib.study.profiles import load, parameters
 
@@ -102,27 +103,38 @@ def _ensembles(
 
 @cache
 def cells(profile: str, name: str) -> dict[str, tuple[Step, ...]]:
-    """The runs that one of the profile's grids compares: those of each cell, one a seed.
+    """The runs that one of the profile's grids compares: those of each cell, one a seed, or an ensemble a group of seeds.
 
     Raises:
-        KdlibError: the profile has no such grid, or two of its cells are the same student.
+        KdlibError: the profile has no such grid, or two of its cells are the same.
     """
     named = load(profile).study.grids
     if name not in named:
         raise KdlibError(f"grid must be one of profile {profile!r}'s study: grids ({', '.join(named) or 'none'}), got {name!r}.")
     plan, found, seen = Planner(profile), {}, {}
-    for cell, changes in named[name].cells.items():
-        for seed in named[name].seeds:
-            if name == "targets":
-                values = parameters("06_fidelity", profile, student=changes, seed=seed)
-            else:
-                values = parameters("04_student", profile, **changes, seed=seed)
-            one = plan.step(values, f"{name}: {cell}, seed {seed}")
-            if one.id in seen:
-                raise KdlibError(f"Cells of grid {name!r} must be different students, got {cell!r} and {seen[one.id]!r} alike.")
-            seen[one.id] = cell
-            found.setdefault(cell, []).append(one)
+    for cell, seed, values in _cells(profile, name):
+        one = plan.step(values, f"{name}: {cell}, seed {seed}")
+        if one.id in seen:
+            raise KdlibError(f"Cells of grid {name!r} must be different, got {cell!r} and {seen[one.id]!r} alike.")
+        seen[one.id] = cell
+        found.setdefault(cell, []).append(one)
     return {cell: tuple(steps) for cell, steps in found.items()}
+
+
+def _cells(profile: str, name: str) -> Iterator[tuple[str, int, Parameters]]:
+    asked = load(profile).study.grids[name]
+    for cell, changes in asked.cells.items():
+        if asked.members:
+            size = changes.pop("members", asked.members)
+            for start in range(0, len(asked.seeds), asked.members):
+                seeds = asked.seeds[start : start + size]
+                yield cell, seeds[0], parameters("05_ensemble", profile, **changes, seeds=seeds)
+            continue
+        for seed in asked.seeds:
+            if name == "targets":
+                yield cell, seed, parameters("06_fidelity", profile, student=changes, seed=seed)
+            else:
+                yield cell, seed, parameters("04_student", profile, **changes, seed=seed)
 
 
 @cache
@@ -242,10 +254,23 @@ def write(profile: str, grids: Sequence[str] = ()) -> None:
                 "runs": _records(grid(profile, name)),
                 "cells": [[cell, [one.id for one in steps]] for cell, steps in cells(profile, name).items()],
             }
+            | _formed(profile, name)
             for name in grids
         }
     if not (folder / "plan.json").is_file() or store.read_json(folder / "plan.json") != found:
         store.write_json(folder / "plan.json", found)
+
+
+def _formed(profile: str, name: str) -> dict[str, dict[str, list[str]]]:
+    """The members of each ensemble of a grid, in the order in which they were formed; their inputs are in that of their ids."""
+    if not load(profile).study.grids[name].members:
+        return {}
+    found = {}
+    for one in (one for steps in cells(profile, name).values() for one in steps):
+        asked = one.parameters
+        members = Planner(profile).members(asked.method, asked.seeds, asked.student, **asked.options)
+        found[one.id] = [member.id for member in members]
+    return {"members": found}
 
 
 def _records(steps: Sequence[Step]) -> list[dict]:

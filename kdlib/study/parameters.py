@@ -77,9 +77,13 @@ class AnalysisParameters(Parameters):
 
 
 class GridParameters(AnalysisParameters):
-    """``21_grid``: one of the profile's grids of students."""
+    """``21_grid``: one of the profile's grids."""
 
     grid: str = Field(description="a grid that the profile names under study: grids (targets has a notebook of its own)")
+
+
+class GrowthParameters(GridParameters):
+    """``14_growth``: one of the profile's grids of ensembles."""
 
 
 class TourParameters(Parameters):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, create_model, model_validator
 
 from kdlib.errors import KdlibError
 from kdlib.study.kinds import kinds
@@ -21,6 +21,7 @@ from kdlib.study.parameters import (
     Adaptation,
     AnalysisParameters,
     GridParameters,
+    GrowthParameters,
     Parameters,
     Pool,
     Seed,
@@ -55,26 +56,51 @@ def read_yaml(text: str) -> Any:
 
 
 class Grid(BaseModel):
-    """A study of single students: cells that differ in the profile's student section, each with the same seeds."""
+    """A study of students, or of ensembles: cells that differ in one respect, each with the same seeds."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    seeds: list[Seed] = Field(min_length=1, description="one student a cell and seed")
-    base: dict[str, Any] = Field({}, description="what sets all of its students apart from the section")
+    seeds: list[Seed] = Field(min_length=1, description="one student a cell and seed; of ensembles one a member")
+    members: PositiveInt | None = Field(
+        None, description="cells are ensembles of so many members, formed from the seeds group by group; None: they are students"
+    )
+    base: dict[str, Any] = Field({}, description="what sets all students apart from the section")
     students: dict[str, dict[str, Any]] = Field(
         {}, description="name of a cell: what sets its students apart; others are compared with the first"
     )
     vary: dict[str, list[Any]] = Field({}, description="parameter: values; every combination is a further cell")
+    ensembles: dict[str, dict[str, Any]] = Field(
+        {},
+        description="name of a cell: parameters of 05_ensemble, such as {method: bagging, options: {share: 0.7}}; with {members: 1} it "
+        "has another number of them",
+    )
 
     @model_validator(mode="after")
     def _has_cells(self):
         if not self.cells:
-            raise ValueError("a grid needs students, or parameters to vary")
+            raise ValueError("a grid needs students, parameters to vary, or ensembles")
+        if bool(self.members) != bool(self.ensembles) or (self.ensembles and (self.students or self.vary)):
+            raise ValueError("a grid needs members and ensembles together, and then neither students nor vary")
+        return self
+
+    @model_validator(mode="after")
+    def _seeds_fill_the_ensembles(self):
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds of a grid must be unique, got {self.seeds}")
+        if self.members and len(self.seeds) % self.members:
+            raise ValueError(f"seeds of a grid of ensembles must be a multiple of members ({self.members}), got {len(self.seeds)}")
+        for name, changes in self.ensembles.items():
+            if unknown := {"seeds", "profile"} & set(changes):
+                raise ValueError(f"ensembles of a grid must leave {', '.join(sorted(unknown))} to the grid, got it in {name}")
+            if not 1 <= (size := changes.get("members", 1)) <= self.members:
+                raise ValueError(f"members of a cell must be 1 to {self.members}, those of the grid, got {size} in {name}")
         return self
 
     @property
     def cells(self) -> dict[str, dict[str, Any]]:
         """The settings of every cell, by its name."""
+        if self.ensembles:
+            return {name: {**changes, "student": {**self.base, **changes.get("student", {})}} for name, changes in self.ensembles.items()}
         found = dict(self.students)
         for values in product(*self.vary.values()) if self.vary else ():
             changes = dict(zip(self.vary, values, strict=True))
@@ -170,7 +196,7 @@ def notebooks() -> dict[str, tuple[type[Parameters], str]]:
     analyses = [path.stem for path in (REPOSITORY / "notebooks").glob("[1-9][0-9]_*.ipynb")]
     found = {kind.NOTEBOOK: (kind.Parameters, name) for name, kind in kinds().items()}
     found |= {"00_tour": (TourParameters, "tour")} | dict.fromkeys(analyses, (AnalysisParameters, "analysis"))
-    found |= {"21_grid": (GridParameters, "analysis")}
+    found |= {"21_grid": (GridParameters, "analysis"), "14_growth": (GrowthParameters, "analysis")}
     return dict(sorted(found.items()))
 
 
@@ -236,8 +262,8 @@ def parameters(notebook: str, profile: str, /, **changes: Any) -> Parameters:
     base = getattr(load(profile), section, None)
     _refuse_unknown(model, changes, notebook)
     values = {"profile": profile} if base is None else model.usable(base.model_dump(), changes)
-    if model is GridParameters:
-        values["grid"] = next(iter(_students_grids(profile)), "")
+    if issubclass(model, GridParameters):
+        values["grid"] = next(iter(_grids_for(model, profile)), "")
     return _with_known_grid(_validated(model, {**values, **changes}, f"notebook {notebook}"))
 
 
@@ -264,14 +290,16 @@ def from_notebook(notebook: str, namespace: dict[str, Any]) -> Parameters:
     return _with_known_grid(checked)
 
 
-def _students_grids(profile: str) -> list[str]:
-    return [name for name in load(profile).study.grids if name != "targets"]
+def _grids_for(model: type[GridParameters], profile: str) -> list[str]:
+    ensembles = model is GrowthParameters
+    return [name for name, grid in load(profile).study.grids.items() if name != "targets" and (grid.members or not ensembles)]
 
 
 def _with_known_grid(checked: Parameters) -> Parameters:
-    if isinstance(checked, GridParameters) and checked.grid not in (known := _students_grids(checked.profile)):
+    if isinstance(checked, GridParameters) and checked.grid not in (known := _grids_for(type(checked), checked.profile)):
+        of = "of ensembles " if isinstance(checked, GrowthParameters) else ""
         raise KdlibError(
-            f"`grid` must be one that profile {checked.profile!r} names under study: grids ({', '.join(known) or 'none yet'}), "
+            f"`grid` must be one {of}that profile {checked.profile!r} names under study: grids ({', '.join(known) or 'none yet'}), "
             f"got {checked.grid!r}. The grid targets is drawn by 11_target_fidelity."
         )
     return checked

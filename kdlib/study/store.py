@@ -333,8 +333,13 @@ def table(profile: str) -> "pd.DataFrame":
     return pd.DataFrame(rows).set_index("id", drop=False)
 
 
+def formed(profile: str, grid: str) -> dict[str, list[str]]:
+    """Members of each ensemble of a grid in the order in which they were formed, by the ensemble's id; {} for a grid of students."""
+    return _plan(profile).get("grids", {}).get(grid, {}).get("members", {})
+
+
 def cells(profile: str, grid: str) -> dict[str, list[Run]]:
-    """The runs of a grid: those of each of its cells, one a seed, in the order of the profile.
+    """The runs of a grid: those of each of its cells, one a seed or group of seeds, in the order of the profile.
 
     Raises:
         KdlibError: as :func:`table`; or the results hold no such grid.
