@@ -144,6 +144,8 @@ def _model(step, documents, folder, rng) -> dict:
     rows.drop(columns="difficulty").to_parquet(folder / "documents.parquet")
     if not members and step.kind == "student":
         _log(folder, base, rng, values)
+        kept = {split: -rng.gamma(2, base / 2, 200).astype(np.float16) for split in SPLITS}
+        np.savez(folder / "target_logprobs.npz", **kept)
     return _evaluation(rows, rng) | _size(step, members, rng) | _pooled(rows, members)
 
 

@@ -14,7 +14,7 @@ import pytest
 import synthetic_results
 import yaml
 
-from kdlib.analysis import accounts, comparison, grids, outputs, paper, report, statistics, studies, variance
+from kdlib.analysis import accounts, comparison, grids, growth, outputs, paper, report, statistics, studies, variance
 from kdlib.errors import KdlibError
 from kdlib.study import store
 from kdlib.study.profiles import REPOSITORY
@@ -59,6 +59,33 @@ GRIDS = {
             "one for longer": {"members": 1, "student": {"epochs": 4}},
         },
     },
+    "chain": {
+        "seeds": [1, 2, 3, 4, 5, 6],
+        "members": 3,
+        "ensembles": {"independent": {}, "chain": {"method": "chain"}, "all previous": {"method": "all_previous"}},
+    },
+    "pools": {
+        "seeds": [1, 2, 3, 4, 5, 6],
+        "members": 3,
+        "ensembles": {
+            "probability, 3": {},
+            "logit, 3": {"pool": "logit"},
+            "learned, 3": {"combine": {"weights": "learned"}},
+            "probability, 2": {"members": 2},
+            "logit, 2": {"members": 2, "pool": "logit"},
+            "learned, 2": {"members": 2, "combine": {"weights": "learned"}},
+        },
+    },
+    "routing": {
+        "seeds": [1, 2, 3, 4],
+        "members": 2,
+        "ensembles": {
+            "c-BTM, uniform": {"method": "cbtm"},
+            "c-BTM, distance": {"method": "cbtm", "combine": {"distance": {"top_k": 1}}},
+            "one dense": {"members": 1, "student": {"epochs": 4}},
+        },
+    },
+    "tuning": {"seeds": [1, 2], "members": 2, "ensembles": {"one": {"members": 1}, "two": {"student": {"weight_decay": 0.05}}}},
     "my_depths": {"seeds": [1, 2], "base": {"batch_size": 4}, "students": {"one layer": {}}, "vary": {"layers": [2, 3]}},
 }  # fmt: skip
 
@@ -109,7 +136,7 @@ def printed(profile, invented):
         notebook = nbformat.read(REPOSITORY / "notebooks" / f"{analysis.notebook}.ipynb", as_version=4)
         cells = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
         cells = cells.replace('profile = "smoke"', f"profile = {profile!r}")
-        code.append(cells.replace('grid = "weights"', f"grid = {analysis.grid!r}"))
+        code.append(re.sub(r'(?m)^grid = "\w+"$', f"grid = {analysis.grid!r}", cells))
     program = "import sys\n" + "".join(f"exec({one!r}, {{}})\n" for one in code) + 'assert "torch" not in sys.modules'
     environment = {**os.environ, "KDLIB_HOME": str(invented), "MPLBACKEND": "agg"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
@@ -410,6 +437,7 @@ def test_the_paper_has_a_table_and_findings_for_every_grid_there_is(profile, ana
     written = {path.name for path in folder.iterdir()}
     stems = {one.tables[0] for one in outputs.analyses(GRIDS).values() if one.grid}
     assert {f"table-{stem}.tex" for stem in stems} - written == {"table-losses.tex"}
+    stems = {one.tables[0] for one in outputs.analyses(GRIDS).values() if one.grid and one.findings}
     assert {f"findings-{stem}_differences.tex" for stem in stems} - written == {"findings-losses_differences.tex"}
     main = (paper.SOURCE / "main.tex").read_text()
     assert set(re.findall(r"\\study\{(\w+)\}", main)) == stems - {"my_depths_grid"}
@@ -465,3 +493,17 @@ def test_ensembles_of_a_grid_are_compared_group_by_group(profile, home):
     tokens = comparison.losses(list(table.run[:1]), "test")
     assert row.runs == 2 and np.isfinite([row.low, row.high]).all() and len(tokens.tokens)
     assert set(gaps.columns) == set(GRIDS["leaderboard"]["ensembles"])
+
+
+def test_growth_is_the_pool_of_the_first_members_in_the_order_in_which_they_were_formed(profile, home):
+    found, formed = growth.growth(profile, "chain", "test"), store.formed(profile, "chain")
+    run = store.cells(profile, "chain")["chain"][1]
+    kept = [np.load(run.beside(one).path / "target_logprobs.npz")["test"].astype(float) for one in formed[run.id]]
+    rows = found[(found.cell == "chain") & (found.seed == 2)].set_index("size")
+    for size in (1, 2, 3):
+        assert rows.nll[size] == pytest.approx(-kept[size - 1].mean())
+        assert rows.pool_nll[size] == pytest.approx(-np.log(np.exp(kept[:size]).mean(axis=0)).mean())
+    means = growth.means(found)
+    assert len(means) == 9 and set(means.runs) == {2}
+    with pytest.raises(KdlibError, match="must be ensembles"):
+        growth.growth(profile, "losses", "test")

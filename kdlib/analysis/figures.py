@@ -9,6 +9,7 @@ import pandas as pd
 from IPython.display import Image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from kdlib.analysis import statistics
 from kdlib.study import store
@@ -23,6 +24,7 @@ KINDS = {
     "topk_sampled": "#009E73",
     "dense": "#333333",
 }
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333", "#999999")
 DARK, GREY = "#333333", "#767676"
 WIDTH = 6.3  # inches: the paper's text width
 
@@ -104,6 +106,24 @@ def seeds(axis: Axes, table: pd.DataFrame, column: str, form: str = ".3f") -> No
     axis.locator_params(axis="x", nbins=4)
 
 
+def lines(axis: Axes, table: pd.DataFrame, x: str, y: str, error: str | None = None, named: bool = False) -> None:
+    """A line a cell of ``table`` over a whole number ``x``, in a colour of its own, with a band of ± the column ``error``.
+
+    Args:
+        named: whether names stand at the right, in the colours of their lines.
+    """
+    ends = []
+    for tint, (cell, rows) in zip(LINES, table.groupby("cell", sort=False), strict=False):
+        rows = rows.sort_values(x)
+        axis.plot(rows[x], rows[y], "o-", color=tint, markersize=3)
+        if error is not None and rows[error].notna().all():
+            axis.fill_between(rows[x], rows[y] - rows[error], rows[y] + rows[error], color=tint, alpha=0.15, linewidth=0)
+        ends.append((cell, tint, rows[x].iloc[-1], rows[y].iloc[-1]))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if named:
+        label_points(axis, *map(list, zip(*((cell, x, y) for cell, _, x, y in ends), strict=True)), tints=[tint for _, tint, *_ in ends])
+
+
 def stacked(axis: Axes, table: pd.DataFrame, label: str, columns: dict[str, str]) -> None:
     """A bar per row of ``table``, top first, of the sums of ``columns`` (column: its name); those that are 0 throughout are left out."""
     tints = dict(zip(columns, ("#0072B2", "#D55E00", "#CC79A7", "#E69F00", "#cccccc", "#999999"), strict=False))
@@ -132,8 +152,10 @@ def _lines(axis: Axes, names: list[str]) -> None:
     axis.tick_params(axis="y", length=0)
 
 
-def label_points(axis: Axes, names: list[str], x: list[float], y: list[float], inward: bool = False) -> None:
-    """Names beside points, in the colours of their methods, moved apart vertically where they would overlap.
+def label_points(
+    axis: Axes, names: list[str], x: list[float], y: list[float], inward: bool = False, tints: list[str] | None = None
+) -> None:
+    """Names beside points, in the colours of their methods or in ``tints``, moved apart vertically where they would overlap.
 
     Names stand to the right of their points; ``inward``: to the left for points in the right half.
     """
@@ -146,7 +168,7 @@ def label_points(axis: Axes, names: list[str], x: list[float], y: list[float], i
     for i, place in zip(order, places, strict=True):
         fraction = axis.transAxes.inverted().transform(axis.transData.transform((x[i], y[i])))[0]
         side, offset = ("right", -6) if inward and fraction > 0.5 else ("left", 6)
-        options = {"ha": side, "va": "center", "color": colour(names[i]), "fontsize": 7.5}
+        options = {"ha": side, "va": "center", "color": tints[i] if tints else colour(names[i]), "fontsize": 7.5}
         axis.annotate(names[i], (x[i], place), (offset, 0), textcoords="offset points", **options)
 
 

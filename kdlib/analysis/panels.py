@@ -30,9 +30,9 @@ class Found:
 def draw(grid: Grid, found: Found) -> Figure:
     """The figure of a grid: its panels beside one another, a line a cell."""
     lines = 1 + found.differences.a.nunique()
-    square = "constants" in grid.panels  # has lines of its own
-    size = (figures.WIDTH, max(2.4 if square else 0, figures.height(lines)))
-    figure, axes = plt.subplots(1, len(grid.panels), figsize=size, sharey=not square, width_ratios=grid.widths)
+    own = bool({"constants", "size", "size, calibrated"} & set(grid.panels))  # not a line a cell
+    size = (figures.WIDTH, max(2.4 if own else 0, figures.height(0 if grid.panels[0] == "size" else lines)))
+    figure, axes = plt.subplots(1, len(grid.panels), figsize=size, sharey=not own, width_ratios=grid.widths)
     for axis, name in zip(axes, grid.panels, strict=True):
         PANELS[name](axis, found)
     return figure
@@ -121,6 +121,37 @@ def share(axis: Axes, found: Found) -> None:
     axis.xaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=0))
 
 
+def size(axis: Axes, found: Found) -> None:
+    """Test loss against the number of members, a line a way of combining them, beside :func:`size_calibrated`."""
+    figures.lines(axis, _by_way(found), "size", "nll")
+    axis.set(xlabel="members", ylabel="nats/token", title="test NLL")
+
+
+def size_calibrated(axis: Axes, found: Found) -> None:
+    """As :func:`size`, with the temperature that fits calibration text best."""
+    figures.lines(axis, _by_way(found), "size", "nll_calibrated", named=True)
+    axis.set(xlabel="members", title="calibrated")
+
+
+def _by_way(found: Found) -> pd.DataFrame:
+    return found.means.rename(columns={"cell": "name", "way": "cell"})
+
+
+def domains(axis: Axes, found: Found) -> None:
+    """Test loss minus the reference's in each domain, a column each; blue is better, orange worse."""
+    rows = [{"cell": row.cell} | {name: one["nll"] for name, one in row.run.metrics["domains"]["test"].items()} for row in found.students.itertuples()]
+    table = pd.DataFrame(rows).groupby("cell", sort=False).mean()
+    table = (table - table.loc[found.reference]).loc[[found.reference, *found.differences.a.unique()]]
+    limit = table.abs().max(axis=None) or 1.0
+    axis.imshow(table, cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto", alpha=0.7)
+    for place, values in enumerate(table.to_numpy()):
+        for column, value in enumerate(values):
+            axis.text(column, place, f"{value:+.2f}".replace("-", "−"), ha="center", va="center", fontsize=7)
+    axis.set_xticks(range(len(table.columns)), table.columns, rotation=30, ha="right")
+    axis.tick_params(length=0)
+    axis.set_title("by domain")
+
+
 def _teacher(axis: Axes, at: float, side: str, points: float) -> None:
     axis.axvline(at, color="#999999", linewidth=0.9, linestyle=":", zorder=0)
     place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top", "ha": side}
@@ -138,4 +169,7 @@ PANELS = {
     "loss": loss,
     "loss beside the teacher's": loss_beside_the_teachers,
     "share": share,
+    "size": size,
+    "size, calibrated": size_calibrated,
+    "domains": domains,
 }

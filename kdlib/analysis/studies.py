@@ -14,6 +14,7 @@ from pandas.api.types import is_numeric_dtype
 from kdlib.analysis import comparison, grids, ledger, statistics
 from kdlib.errors import KdlibError
 from kdlib.study import store
+from kdlib.study.combining import Combine
 
 ON_TEST = ("nll", "nll_calibrated", "ece", "accuracy")
 
@@ -27,7 +28,7 @@ def models(profile: str, grid: str) -> pd.DataFrame:
     - of students tokens, seconds, tokens_per_second and flops of their training (the student's passes, and those of a teacher in
       the loop); target_flops: what the teacher computed for the targets that the run read, which all their students share (0 where
       it read none). What a teacher computed to write text or to choose it is in neither;
-    - of ensembles size (members), tokens (trained on, all members'), flops (:func:`kdlib.analysis.ledger.making`), member_nll (their
+    - of ensembles way (how they are combined, in words), size (members), tokens (trained on, all members'), flops (:func:`kdlib.analysis.ledger.making`), member_nll (their
       mean on test text, or the only one's) and ambiguity.
 
     Further ones are those that the grid's description asks for (:mod:`kdlib.analysis.grids`): settings, NaN where a student
@@ -66,7 +67,9 @@ def _measured(profile: str, run: store.Run) -> dict:
 def _pooled(profile: str, run: store.Run, members: Sequence[str]) -> dict:
     metrics = run.metrics
     pool = metrics.get("pool", {}).get("test", {})
-    row = _evaluated(metrics, (*ON_TEST, "ece_calibrated")) | {"size": len(members)}
+    asked = run.settings["parameters"]
+    way = Combine(**asked["combine"]).label() if "combine" in asked else f"{asked['pool']} pool"
+    row = _evaluated(metrics, (*ON_TEST, "ece_calibrated")) | {"way": way, "size": len(members)}
     row["tokens"] = sum(run.beside(one).metrics["training"]["tokens"] for one in members)
     row |= {"flops": ledger.making(profile, run), "member_nll": pool.get("member_nll_mean", row["nll"])}
     row["ambiguity"] = pool.get("member_nll_weighted", row["member_nll"]) - row["nll"]
