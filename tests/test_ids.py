@@ -309,7 +309,7 @@ IN_LOOP = {"objective": "online_kd"}
 NAMED = [
     # Settings with a reference, and where the run that it names is found among the inputs.
     ("student", lambda ref: {**IN_LOOP, "teacher": ref}, lambda one: one.inputs["teacher"]),
-    ("student", lambda ref: {"objective": "ce", "start": ref}, lambda one: one.inputs["start"]),
+    ("student", lambda ref: {"start": ref}, lambda one: one.inputs["start"]),
     ("student", lambda ref: {"teacher": ref}, lambda one: one.inputs["targets"].inputs["teacher"]),
     ("student", lambda ref: {"text": {"selected": CHOSEN | {"by": ref}}}, lambda one: one.inputs["scores"].inputs["scorer"]),
     ("student", lambda ref: {**IN_LOOP, "text": {"generated": {"by": ref}}}, lambda one: one.inputs["writer"]),
