@@ -93,6 +93,9 @@ def test_the_seed_as_data_seed_trains_as_none_does_and_another_does_not(tmp_path
     # The order is the data seed's whatever the seed, epoch for epoch.
     assert same(plain, trained(tmp_path / "apart", seed=9, data_seed=3))
     assert alike(watched[0]["batches"], watched[3]["batches"]) and not alike(watched[0]["batches"], watched[2]["batches"])
+    # That of an epoch is drawn with the data seed plus its number.
+    epoch = len(watched[0]["batches"]) // 3
+    assert alike(watched[0]["batches"][epoch:], watched[2]["batches"][: 2 * epoch])
 
 
 def test_each_stage_has_an_order_of_its_own_from_the_data_seed_on(tmp_path, watched):

@@ -15,7 +15,7 @@ class Chain(Method):
     """Born-again networks (Furlanello et al. 2018, arXiv 1805.04770): student k is taught by student k - 1.
 
     The first is the profile's student with ``first`` on top, taught by the profile's teacher with the student's own ``kd_weight``.
-    Methods that differ in who teaches are subclasses with a :meth:`teacher` of their own, or in more, an :meth:`after`.
+    Methods that differ in who teaches are subclasses with a :meth:`teacher` of their own; one that differs in more has an :meth:`after`.
     """
 
     kd_weight: scheduled(Share) | None = Field(

@@ -13,9 +13,10 @@ from kdlib.study.schedules import Schedule
 class Snapshot(Chain):
     """Snapshot ensembles (Huang et al. 2017, arXiv 1704.00109): K members for about the steps of one student.
 
-    Each cycle is a run with the student's warm-up, cosine and 1 / K of its ``epochs``, which are those of the whole trajectory. It
-    begins with the weights of the cycle before, but with new moments of the optimiser, and reads rows in an order of its own.
-    Initialisation and noise are the first cycle's, and so is what ``first`` says, its epochs included.
+    Each cycle is a run with the student's warm-up, cosine and 1 / K of its ``epochs``, which are those of the whole trajectory: K
+    independent members at equal compute need 1 / K of them each. It begins with the weights of the cycle before, but with new
+    moments of the optimiser, and its seed orders the rows. Initialisation and noise are the first cycle's, and so is what
+    ``first`` says, its epochs included.
     """
 
     taught: Literal["profile", "previous"] = Field(

@@ -77,7 +77,7 @@ class TrainingParameters(Parameters):
 
     @property
     def order_seed(self) -> int:
-        """What the order of the training rows is drawn with."""
+        """What the order of the training rows is drawn with: that of epoch e, from 0, with it plus e."""
         return self.seed
 
     @model_validator(mode="after")
