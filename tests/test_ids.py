@@ -11,8 +11,8 @@ import yaml
 from pydantic import Field
 
 from kdlib.data import text
-from kdlib.runs.student import Features
 from kdlib.study import closure, design, plan, profiles, revisions, store
+from kdlib.study.features import Features
 from kdlib.study.kinds import kinds
 
 # What the absence of a setting from a run's settings means, and always will: committed results say no more.
@@ -24,6 +24,7 @@ FROZEN = {
     "clusters": {},
     "student": {
         "low_precision": "none",
+        "data_seed": None,
         "divergence": "forward_kl",
         "features": None,
         "initialisation": "random",
@@ -108,6 +109,8 @@ OTHERS = {
         "heads": ({}, 1),
         "initialisation": ({}, "embeddings"),
         "noise": ({}, 0.1),
+        "start": ({}, {"student": {"objective": "ce"}}),
+        "data_seed": ({}, 7),
         "learning_rate_multipliers": ({}, {"mlp": 0.5}),
         "stages": ({}, STAGES),
         "text": ({}, {"bagged": {"share": 0.5, "seed": 1}}),
@@ -306,6 +309,7 @@ IN_LOOP = {"objective": "online_kd"}
 NAMED = [
     # Settings with a reference, and where the run that it names is found among the inputs.
     ("student", lambda ref: {**IN_LOOP, "teacher": ref}, lambda one: one.inputs["teacher"]),
+    ("student", lambda ref: {"start": ref}, lambda one: one.inputs["start"]),
     ("student", lambda ref: {"teacher": ref}, lambda one: one.inputs["targets"].inputs["teacher"]),
     ("student", lambda ref: {"text": {"selected": CHOSEN | {"by": ref}}}, lambda one: one.inputs["scores"].inputs["scorer"]),
     ("student", lambda ref: {**IN_LOOP, "text": {"generated": {"by": ref}}}, lambda one: one.inputs["writer"]),

@@ -2,6 +2,7 @@
 
 import io
 from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from kdlib.errors import KdlibError
 from kdlib.models import low_precision
 from kdlib.models.low_precision import adamw_8bit, eight_bit_backward, require
 from kdlib.study import profiles
+from kdlib.study.schedules import Schedule
+from kdlib.training.optimizer import WeightDecay
 
 library = pytest.mark.skipif(low_precision._torchao() is None, reason="needs torchao")
 hardware = pytest.mark.skipif(
@@ -169,8 +172,9 @@ def test_a_saved_state_is_loaded_without_code_and_goes_on_bit_for_bit(compiled):
 
 
 @library
-def test_an_interrupted_run_with_eight_bit_states_goes_on_to_the_same_weights_and_log(tmp_path):
-    options = {"split": make_split(documents=20), "changes": {"low_precision": "optimizer"}}
+@pytest.mark.parametrize("decay", [0.1, {"shape": "cosine", "start": 0.0, "end": 2.0}], ids=["number", "schedule"])
+def test_an_interrupted_run_with_eight_bit_states_goes_on_to_the_same_weights_and_log(tmp_path, decay):
+    options = {"split": make_split(documents=20), "changes": {"low_precision": "optimizer", "weight_decay": decay}}
     whole, trainer = trained(tmp_path / "whole", make_wide(), **options)
     states = trainer.optimizer.state.values()
     assert any(type(state["exp_avg"]) is not torch.Tensor for state in states)
@@ -179,6 +183,24 @@ def test_an_interrupted_run_with_eight_bit_states_goes_on_to_the_same_weights_an
     assert same(whole, resumed) and logged(tmp_path / "whole") == logged(tmp_path / "again")
     plain, _ = trained(tmp_path / "plain", make_wide(), split=options["split"])
     assert not same(plain, whole)
+
+
+@library
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_decay_that_moves_is_filled_in_place_and_compiled_once(compiled):
+    matrix = nn.Parameter(torch.ones(64, 64))
+    optimizer = adamw_8bit(groups_of([matrix]), RATE, BETAS, compiled, moving_decay=True)
+    schedule, wanted, steps = Schedule(shape="linear", start=0.0, end=2.0), 1.0, 20
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for step in range(steps):
+        state = SimpleNamespace(global_step=step)
+        WeightDecay(schedule, steps).on_pre_optimizer_step(None, state, None, optimizer=optimizer)
+        matrix.grad = torch.zeros_like(matrix)
+        optimizer.step()
+        wanted *= 1 - RATE * 2.0 * step / (steps - 1)
+    assert torch.allclose(matrix, torch.full_like(matrix, wanted), rtol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= compiled
 
 
 # 8-bit products in the backward pass

@@ -46,7 +46,7 @@ def test_a_method_that_is_not_there_or_takes_no_such_option_is_refused():
         methods.load("stacking", seeds=[1])
     with pytest.raises(KdlibError, match="Options of method bagging must be among share, got share: .*got 2"):
         methods.load("bagging", seeds=[1], share=2)
-    with pytest.raises(KdlibError, match="Options of method independent must be among none, got share: Extra inputs"):
+    with pytest.raises(KdlibError, match="Options of method independent must be among vary, got share: Extra inputs"):
         methods.load("independent", seeds=[1], share=0.5)
     with pytest.raises(KdlibError, match="seeds: .*at least 1 item"):
         methods.load("bagging", seeds=[])

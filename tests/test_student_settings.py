@@ -614,6 +614,18 @@ def features(**settings):
             "must be constant with stages; a schedule would begin anew in each",
         ),
         (
+            {
+                "stages": [{"share": 1, "learning_rate_multipliers": {}}],
+                "weight_decay": {"shape": "linear", "start": 0, "end": 1},
+            },
+            "weight_decay must be constant with stages",
+        ),
+        ({"weight_decay": {"shape": "linear", "start": 0, "end": 11}}, "weight_decay must stay between 0 and 10, got 0.0 to 11.0"),
+        ({"weight_decay": -0.1}, "weight_decay: .*greater than or equal to 0"),
+        ({"start": PLAIN, "initialisation": "embeddings"}, "initialisation must be random with start, .*got embeddings"),
+        ({"start": "nobody"}, "start: a run must be one of frozen,.*got 'nobody'"),
+        ({"data_seed": -1}, "data_seed: .*greater than or equal to 0"),
+        (
             {"learning_rate_multipliers": {"mlp": 1, "[": 0}},
             r"got '\[' .unterminated character set.*put a backslash",
         ),
@@ -802,6 +814,10 @@ def test_a_setting_spelled_otherwise_is_the_same_run(setting, spellings):
         ({"objective": "ce", "text": {"generated": {}}}, {"teacher": PLAIN}, False),
         ({"objective": "ce", "text": {"generated": {"by": PLAIN}}}, {"teacher": PLAIN}, True),
         ({"objective": "ce"}, {"stages": [{"share": 1, "learning_rate_multipliers": {}}]}, False),
+        ({"objective": "ce"}, {"data_seed": 2}, False),
+        ({"objective": "ce", "seed": 3}, {"data_seed": 3}, True),
+        ({"objective": "ce"}, {"start": PLAIN}, False),
+        ({"objective": "ce"}, {"weight_decay": {"shape": "cosine", "start": 0, "end": 0.2}}, False),
     ],
 )
 def test_a_run_is_another_only_if_it_reads_what_changed(base, change, same_run):

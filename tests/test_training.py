@@ -926,7 +926,8 @@ def _train_and_die(folder, event):
     targets = TargetCache(folder.parent / "targets", {}, 1.0)
     if event:
         die_at(event, folder)
-    changes = {"epochs": 3, "gradient_accumulation": 2}
+    decay = {"shape": "cosine", "start": 0.0, "end": 2.0}
+    changes = {"epochs": 3, "gradient_accumulation": 2, "weight_decay": decay}
     after, _ = trained(folder, make_student("whole"), split=split, targets=targets, kd_weight=0.9, changes=changes)
     torch.save(after, folder.parent / f"{folder.name}.pt")
 

@@ -15,7 +15,7 @@ class Chain(Method):
     """Born-again networks (Furlanello et al. 2018, arXiv 1805.04770): student k is taught by student k - 1.
 
     The first is the profile's student with ``first`` on top, taught by the profile's teacher with the student's own ``kd_weight``.
-    Methods that differ in who teaches are subclasses with a :meth:`teacher` of their own.
+    Methods that differ in who teaches are subclasses with a :meth:`teacher` of their own; one that differs in more has an :meth:`after`.
     """
 
     kd_weight: scheduled(Share) | None = Field(
@@ -27,16 +27,25 @@ class Chain(Method):
         """Who teaches the next member: the one before. A list of members stands for their probability pool."""
         return before[-1]
 
+    def after(self, before: list[Step]) -> dict[str, Any]:
+        """What sets the next member apart: its teacher, and the weight of what that says."""
+        own = {} if self.kd_weight is None else {"kd_weight": self.kd_weight}
+        return own | {"teacher": self.teacher(before)}
+
     def members(self, plan: Planner) -> list[Step]:
         """A student a seed, each but the first taught by members before it.
 
         Raises:
             KdlibError: objective ce, which no teacher reaches.
         """
-        found = [plan.student(**self.student | self.first | {"seed": self.seeds[0]})]
-        own = {} if self.kd_weight is None else {"kd_weight": self.kd_weight}
+        return self.linked(plan, self.student)
+
+    def linked(self, plan: Planner, student: dict[str, Any]) -> list[Step]:
+        """Members with these settings of the student, one after the other."""
+        found = [plan.student(**student | self.first | {"seed": self.seeds[0]})]
         for seed in self.seeds[1:]:
-            found.append(plan.student(**self.student | own | {"seed": seed, "teacher": self.teacher(found)}))
-            if found[-1].parameters.objective == "ce":
+            apart = self.after(found)
+            found.append(plan.student(**student | apart | {"seed": seed}))
+            if "teacher" in apart and found[-1].parameters.objective == "ce":
                 raise KdlibError("objective of members must be kd or online_kd to be taught by others, got ce. Give it to `first` alone.")
         return found

@@ -41,6 +41,32 @@ def initialise(student: PreTrainedModel, teacher: PreTrainedModel, how: str) -> 
     return ways[how](student, teacher)
 
 
+def continued(student: PreTrainedModel, other: PreTrainedModel) -> PreTrainedModel:
+    """A model of the student's shape, to be trained on: on the device and with the attention implementation of ``student``.
+
+    Args:
+        student: as built at random; used up.
+        other: any transformers model; used up.
+
+    Raises:
+        KdlibError: another architecture, or parameters of other names or shapes, the vocabulary's among them.
+    """
+    if _sizes(student) != _sizes(other):
+        raise KdlibError(f"start must have the student's shape, {_shape(student)}, got {_shape(other)}. Name a run of the same shape.")
+    return _in_place_of(student, other)
+
+
+def _sizes(model: PreTrainedModel) -> dict:
+    # A tied head has no parameter of its own.
+    return {name: one.shape for name, one in model.named_parameters()} | {"of": model.config.model_type}
+
+
+def _shape(model: PreTrainedModel) -> str:
+    config, parameters = model.config, sum(one.numel() for one in model.parameters())
+    size = f"{config.num_hidden_layers} x {config.hidden_size}, {config.num_attention_heads} heads, {config.vocab_size} tokens"
+    return f"{config.model_type} of {size}, {parameters} parameters"
+
+
 def layer_choice(teacher_layers: int, student_layers: int) -> list[int]:
     """Numbers of the teacher's layers that a shallower student takes: evenly spaced, first and last among them.
 

@@ -60,7 +60,7 @@ def has_eight_bit_products() -> bool:
 
 
 def adamw_8bit(
-    groups: list[dict], learning_rate: float, betas: tuple[float, float], compiled: bool
+    groups: list[dict], learning_rate: float, betas: tuple[float, float], compiled: bool, moving_decay: bool = False
 ) -> torch.optim.Optimizer:
     """AdamW whose moments take 8 bits a parameter each; those of fewer than 4096 parameters, or no multiple of 256, stay float32.
 
@@ -71,12 +71,16 @@ def adamw_8bit(
         groups: parameter groups with an ``lr`` and ``weight_decay`` each.
         compiled: whether a step is one compiled kernel a matrix. If not, a step works in temporaries of several times the
             largest matrix, and takes longer.
+        moving_decay: whether ``weight_decay`` becomes a tensor too, to be filled in place.
     """
     from torchao.optim import AdamW8bit  # not at the top: few runs need it, and it takes seconds
 
     class Interpreted(AdamW8bit):
         step = torch.compiler.set_stance("force_eager")(AdamW8bit.step)
 
+    if moving_decay:
+        # As a number it is a constant of the compiled step, and every value of it another one to compile.
+        groups = [group | {"weight_decay": torch.tensor(float(group["weight_decay"]))} for group in groups]
     optimizer = (AdamW8bit if compiled else Interpreted)(groups, lr=learning_rate, betas=betas)
     optimizer.register_load_state_dict_post_hook(_scalars_to_cpu)
     return optimizer
@@ -85,7 +89,8 @@ def adamw_8bit(
 def _scalars_to_cpu(optimizer: torch.optim.Optimizer) -> None:
     # Loading may put them on the GPU, where powers are rounded otherwise: a resumed run would part from one never stopped.
     for group in optimizer.param_groups:
-        group["lr"] = group["lr"].cpu()
+        for name in ("lr", "weight_decay"):
+            group[name] = group[name].cpu() if isinstance(group[name], torch.Tensor) else group[name]
     for state in optimizer.state.values():
         state["step"] = state["step"].cpu()
 

@@ -6,16 +6,17 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from kdlib.data import text
 from kdlib.data.text import Text
 from kdlib.errors import KdlibError
 from kdlib.study import parameters
 from kdlib.study.divergences import GROUPED, Divergence, as_pair, refuse_unserved
+from kdlib.study.features import Features
 from kdlib.study.plan import Planner, Step
 from kdlib.study.refs import Ref
-from kdlib.study.schedules import Schedule, Stage, scheduled, stage_ends
+from kdlib.study.schedules import Schedule, Stage, require_between, scheduled, stage_ends
 from kdlib.study.store import Run
 from kdlib.study.work import entry, total
 
@@ -24,39 +25,13 @@ NOTEBOOK, LEAVES = "04_student", "model"
 UNUSED = {"ce": ("fresh_draws", "divergence", "features"), "kd": ("features",), "online_kd": ("fresh_draws",)}
 
 
-class Features(BaseModel):
-    """A loss on what student and teacher compute inside, beside the others (objective=online_kd)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    of: Literal["hidden_mse", "hidden_cosine", "attention_mse", "relation"] = Field(
-        description="hidden states, attention maps, or query-key-value relations"
-    )
-    weight: float = Field(1.0, gt=0, description="of this loss, added to the others")
-    layers: Literal["last", "last_k", "all", "uniform_consecutive", "uniform_last"] = Field(
-        "uniform_consecutive", description="which student layer learns from which teacher layers"
-    )
-    last_k: PositiveInt | None = Field(None, description="k of layers=last_k")
-    relations: list[Literal["query", "key", "value"]] = Field(
-        ["query", "key", "value"], min_length=1, description="vectors compared by of=relation"
-    )
-    balance: Literal["none", "project", "norm"] = Field(
-        "none", description="project: its gradient loses what opposes the main one; norm: it is never the longer"
-    )
-
-    @model_validator(mode="after")
-    def _last_k_belongs_to_its_map(self):
-        if (self.layers == "last_k") != (self.last_k is not None):
-            raise ValueError(f"last_k must be given with layers=last_k and only then, got {self.last_k} with {self.layers}")
-        return self
-
-
 class Parameters(parameters.TrainingParameters):
     """``04_student``."""
 
     # Runs that are named count by their ids.
-    UNREAD: ClassVar = parameters.TrainingParameters.UNREAD | {"teacher", "targets", "fresh_draws"}
+    UNREAD: ClassVar = parameters.TrainingParameters.UNREAD | {"teacher", "targets", "fresh_draws", "start"}
     ABSENT: ClassVar = parameters.TrainingParameters.ABSENT | {
+        "data_seed": None,
         "divergence": "forward_kl",
         "features": None,
         "initialisation": "random",
@@ -104,6 +79,8 @@ class Parameters(parameters.TrainingParameters):
     noise: float = Field(
         0.0, ge=0, le=10, description="parameter noise at the start, in standard deviations of each matrix"
     )
+    start: Ref | None = Field(None, description="the run whose weights it begins with, in place of new ones; of the same shape")
+    data_seed: parameters.Seed | None = Field(None, description="order of the training rows; None: the seed")
     learning_rate_multipliers: parameters.Multipliers = Field(
         description="regular expression on parameter names: multiplier of the learning rate; 0 freezes; first match wins"
     )
@@ -137,10 +114,14 @@ class Parameters(parameters.TrainingParameters):
 
     @model_validator(mode="after")
     def _schedules_are_in_range(self):
-        for name, low, high in (("kd_weight", 0, 1), ("temperature", 1e-6, 100)):
-            value = getattr(self, name)
-            if isinstance(value, Schedule) and not all(low <= end <= high for end in (value.start, value.end)):
-                raise ValueError(f"{name} must stay between {low:g} and {high}, got {value.start} to {value.end}")
+        require_between("kd_weight", self.kd_weight, 0, 1)
+        require_between("temperature", self.temperature, 1e-6, 100)
+        return self
+
+    @model_validator(mode="after")
+    def _weights_come_from_one_place(self):
+        if self.start is not None and self.initialisation != "random":
+            raise ValueError(f"initialisation must be random with start, whose weights it would replace, got {self.initialisation}")
         return self
 
     @model_validator(mode="after")
@@ -174,8 +155,8 @@ class Parameters(parameters.TrainingParameters):
             return self
         if self.learning_rate_multipliers:
             raise ValueError("learning_rate_multipliers must be empty with stages, which have their own")
-        if isinstance(self.kd_weight, Schedule) or isinstance(self.temperature, Schedule):
-            raise ValueError("kd_weight and temperature must be constant with stages; a schedule would begin anew in each")
+        if any(isinstance(one, Schedule) for one in (self.kd_weight, self.temperature, self.weight_decay)):
+            raise ValueError("kd_weight, temperature and weight_decay must be constant with stages; a schedule would begin anew in each")
         stage_ends(self.stages, 10**9)  # whether their shares add up
         return self
 
@@ -188,6 +169,11 @@ class Parameters(parameters.TrainingParameters):
                 f"relation, which read them; got {self.low_precision}"
             )
         return self
+
+    @property
+    def order_seed(self) -> int:
+        """What the order of the training rows is drawn with."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     def unread(self) -> set[str]:
         """Cross-entropy reads neither weight nor temperature."""
@@ -203,8 +189,10 @@ class Parameters(parameters.TrainingParameters):
         return kept
 
     def identity(self) -> dict[str, Any]:
-        """The order of multipliers counts, since the first match wins; features as they are read."""
+        """The order of multipliers counts, since the first match wins; features as they are read; no data seed that is the seed."""
         values = super().identity()
+        if self.order_seed == self.seed:
+            values.pop("data_seed", None)
         for part in (values, *values.get("stages", [])):
             # An id does not see the order in which a mapping names things; that of a list it does.
             if multipliers := part["learning_rate_multipliers"]:
@@ -241,8 +229,10 @@ class Parameters(parameters.TrainingParameters):
 
 
 def inputs(values: Parameters, plan: Planner) -> dict[str, Step]:
-    """The corpus, the teacher or its targets, and what its text is chosen by."""
+    """The corpus, what it begins with, the teacher or its targets, and what its text is chosen by."""
     found = {"corpus": plan.corpus()}
+    if values.start is not None:
+        found["start"] = _start(values, plan)
     if values.objective == "online_kd" or values.initialisation != "random":
         found["teacher"] = _teacher(values, plan)
     if values.objective == "kd":
@@ -258,14 +248,29 @@ def _teacher(values: Parameters, plan: Planner) -> Step:
     return found
 
 
+def _start(values: Parameters, plan: Planner) -> Step:
+    found = plan.resolve(values.start)
+    if found.kind == "ensemble":
+        raise KdlibError(f"start must be one model, got {found.label}. Name one of its members.")
+    # What another kind of run leaves is compared when it is read.
+    if found.kind == "student" and (wanted := _shape(values)) != (there := _shape(found.parameters)):
+        raise KdlibError(f"start must have the student's shape, {wanted}, got {there}. Name a run of the same shape.")
+    return found
+
+
+def _shape(values: Parameters) -> str:
+    return f"{values.architecture} of {values.layers} x {values.hidden_size}, {values.heads} heads"
+
+
 def downloads(values: Parameters) -> dict[str, str]:
     """Nothing."""
     return {}
 
 
 def label(values: Parameters) -> str:
-    """Objective and seed."""
-    return f"student {values.objective if values.epochs else 'untrained'} seed {values.seed}"
+    """Objective and seeds."""
+    order = f", data seed {values.order_seed}" if values.order_seed != values.seed else ""
+    return f"student {values.objective if values.epochs else 'untrained'} seed {values.seed}{order}"
 
 
 def produce(step: Step, inputs: dict[str, Run], folder: Path) -> dict:
@@ -279,6 +284,9 @@ def produce(step: Step, inputs: dict[str, Run], folder: Path) -> dict:
     tokenizer, block_length = artefacts.load_tokenizer(corpus), artefacts.block_length(corpus)
     data, model = artefacts.splits(corpus), untrained(values, tokenizer, block_length)
     teacher = None
+    if "start" in inputs:
+        artefacts.require_same_vocabulary(inputs["start"], corpus)
+        model = initialisation.continued(model, artefacts.load_model(inputs["start"]))
     if "teacher" in inputs:
         artefacts.require_same_vocabulary(inputs["teacher"], corpus)
         teacher = artefacts.load_model(inputs["teacher"])

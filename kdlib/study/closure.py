@@ -16,8 +16,8 @@ PACKAGE = Path(__file__).parents[1]
 APART = {"kdlib", "kdlib.errors", "kdlib.study"} | {
     f"kdlib.study.{name}"
     for name in (
-        *("closure", "design", "divergences", "kinds", "listing", "notebooks", "parameters", "plan", "profiles"),
-        *("progress", "proof", "refs", "revisions", "runner", "store"),
+        *("closure", "design", "divergences", "features", "kinds", "listing", "notebooks", "parameters", "plan"),
+        *("profiles", "progress", "proof", "refs", "revisions", "runner", "store"),
     )
 }
 

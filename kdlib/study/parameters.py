@@ -6,7 +6,9 @@ Each kind of run has parameters of its own, in its module of :mod:`kdlib.runs`.
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+from kdlib.study.schedules import require_between, scheduled
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0)]
@@ -61,7 +63,9 @@ class TrainingParameters(Parameters):
     gradient_accumulation: PositiveInt = Field(description="forward passes in one optimisation step")
     learning_rate: float = Field(gt=0, le=1, description="peak of a cosine schedule")
     warmup: Share = Field(description="share of the steps in which the learning rate rises linearly")
-    weight_decay: float = Field(ge=0, le=10, description="AdamW; norms and biases are never decayed")
+    weight_decay: scheduled(Annotated[float, Field(ge=0, le=10)]) = Field(
+        description="AdamW, constant or on a schedule; norms and biases are never decayed"
+    )
     seed: Seed = Field(description="initialisation and data order")
     precision: Precision = Field(description="autocast; auto is bfloat16 where the hardware multiplies it natively")
     compile: bool = Field(description="torch.compile the student's body; falls back where no compiler is found")
@@ -70,6 +74,16 @@ class TrainingParameters(Parameters):
         description="optimizer: 8-bit optimiser states; optimizer_and_backward: and 8-bit matrix products in the backward "
         "pass, on GPUs that have them; both need torchao",
     )
+
+    @property
+    def order_seed(self) -> int:
+        """What the order of the training rows is drawn with: that of epoch e, from 0, with it plus e."""
+        return self.seed
+
+    @model_validator(mode="after")
+    def _decay_is_in_range(self):
+        require_between("weight_decay", self.weight_decay, 0, 10)
+        return self
 
 
 class AnalysisParameters(Parameters):

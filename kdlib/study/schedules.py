@@ -82,6 +82,16 @@ def as_schedule(value: float | Schedule) -> Schedule:
     return value if isinstance(value, Schedule) else Schedule(shape="constant", start=value)
 
 
+def require_between(name: str, value: float | Schedule, low: float, high: float) -> None:
+    """Refuse a setting whose schedule leaves its limits.
+
+    Raises:
+        ValueError: it begins or ends outside; what lies between does not then.
+    """
+    if isinstance(value, Schedule) and not all(low <= end <= high for end in (value.start, value.end)):
+        raise ValueError(f"{name} must stay between {low:g} and {high}, got {value.start} to {value.end}")
+
+
 class Stage(BaseModel):
     """One stage of staged training: which parameters it trains, and for how long.
 

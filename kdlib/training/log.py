@@ -22,6 +22,7 @@ LOG_COLUMNS = (
     "kd_weight",
     "temperature",
     "learning_rate",
+    "weight_decay",
     "tokens",
     "seconds",
     "memory_bytes",

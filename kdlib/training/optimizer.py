@@ -1,12 +1,15 @@
-"""How many steps a run takes, and which parameters move in them, how fast."""
+"""How many steps a run takes, which parameters move in them, how fast, and how they decay."""
 
 import math
 import re
 
+import torch
 from torch import nn
+from transformers import TrainerCallback
 
 from kdlib.errors import KdlibError
 from kdlib.study.parameters import TrainingParameters
+from kdlib.study.schedules import Schedule
 
 
 def steps(settings: TrainingParameters, rows: int) -> int:
@@ -19,17 +22,46 @@ def steps(settings: TrainingParameters, rows: int) -> int:
     return 0 if settings.epochs == 0 else max(1, round(total))
 
 
+def progress(step: int, steps: int) -> float:
+    """How far a run of ``steps`` is in a step, counted from 0: 0 in the first, 1 in the last."""
+    return min(1.0, step / max(1, steps - 1))
+
+
+class WeightDecay(TrainerCallback):
+    """Gives each step the weight decay of a schedule; what does not decay is left at 0.
+
+    Nothing of it is in a checkpoint: a run that goes on computes its decay from the number of its step.
+    """
+
+    def __init__(self, schedule: Schedule, steps: int):
+        self.schedule, self.steps = schedule, steps
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **_):
+        decay = self.schedule.value(progress(state.global_step, self.steps))
+        for group in optimizer.param_groups:
+            if not _decays(group["params"][0]):
+                continue
+            if isinstance(group["weight_decay"], torch.Tensor):
+                group["weight_decay"].fill_(decay)
+            else:
+                group["weight_decay"] = decay
+
+
+def _decays(parameter: nn.Parameter) -> bool:
+    return parameter.ndim >= 2
+
+
 def parameter_groups(
     model: nn.Module, multipliers: dict[str, float], learning_rate: float, weight_decay: float
 ) -> list[dict]:
-    """Optimiser groups by learning-rate multiplier and decay.
+    """Optimiser groups by learning-rate multiplier, matrices apart from vectors, which do not decay.
 
     A parameter takes the multiplier of the first regular expression found in its name (``re.search``), else 1; 0 freezes it.
 
     Raises:
         KdlibError: an expression is malformed or matches no parameter, or everything is frozen.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     unused = set(multipliers)
     for name, parameter in model.named_parameters():
         try:
@@ -41,12 +73,12 @@ def parameter_groups(
         if multiplier == 0:
             parameter.requires_grad_(False)
         if parameter.requires_grad:
-            groups.setdefault((multiplier, weight_decay if parameter.ndim >= 2 else 0.0), []).append(parameter)
+            groups.setdefault((multiplier, _decays(parameter)), []).append(parameter)
     if unused or not groups:
         names = ", ".join(name for name, _ in list(model.named_parameters())[:6])
         problem = f"match no parameter: {sorted(unused)}" if unused else "freeze every parameter"
         raise KdlibError(f"learning_rate_multipliers {problem}. Parameter names look like: {names} …")
     return [
-        {"params": group, "lr": learning_rate * multiplier, "weight_decay": decay}
-        for (multiplier, decay), group in groups.items()
+        {"params": group, "lr": learning_rate * multiplier, "weight_decay": weight_decay if decays else 0.0}
+        for (multiplier, decays), group in groups.items()
     ]

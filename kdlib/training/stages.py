@@ -102,7 +102,8 @@ def _staged(values, stages: Sequence[Stage], rows: int) -> list[tuple]:
     parts = []
     for number, (begin, end) in enumerate(pairwise([0, *stage_ends(stages, steps(values, rows))])):
         # With the seed of the stage before, a stage would begin with the rows that one began with.
-        changes = {"epochs": (end - begin) / an_epoch, "seed": values.seed + number}
+        seeds = {"seed": values.seed + number, "data_seed": values.order_seed + number}
+        changes = {"epochs": (end - begin) / an_epoch} | seeds
         parts.append((values.model_copy(update=changes), stages[number].learning_rate_multipliers))
     return parts
 

@@ -7,9 +7,8 @@ processor. Compiled and plain training agree to rounding; so do repeats on a GPU
 
 import math
 import os
-import shutil
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -28,11 +27,13 @@ from kdlib.losses.balance import backward as balance_gradients
 from kdlib.models import low_precision
 from kdlib.study.parameters import TrainingParameters
 from kdlib.study.progress import bar
+from kdlib.study.schedules import as_schedule
 from kdlib.training.batches import Collator, Rows
 from kdlib.training.checkpoints import last_step, newest_checkpoint
+from kdlib.training.compiling import can_compile, repeatable
 from kdlib.training.log import StepLog, memory_bytes, peak_memory_bytes, read_log, teacher_tokens
 from kdlib.training.objective import BALANCES, Objective
-from kdlib.training.optimizer import parameter_groups, steps
+from kdlib.training.optimizer import WeightDecay, parameter_groups, progress, steps
 from kdlib.training.work import training_work
 
 CHECKPOINTS = 8  # a run is saved, and its validation loss measured, this many times
@@ -92,7 +93,7 @@ class DistillationTrainer(Trainer):
         if features is not None and len(features.projectors):
             # As part of the model they are optimised, clipped and kept in checkpoints like the rest.
             model.projectors = features.projectors
-        self.multipliers = multipliers or {}
+        self.multipliers, self.weight_decay = multipliers or {}, as_schedule(settings.weight_decay)
         self.autocast = models.precision(settings.precision)
         self.low_precision = settings.low_precision
         self.step_log = StepLog(folder / "log.csv")
@@ -111,9 +112,9 @@ class DistillationTrainer(Trainer):
             learning_rate=settings.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=round(settings.warmup * self.steps),
-            weight_decay=settings.weight_decay,
+            weight_decay=self.weight_decay.start,
             seed=settings.seed,
-            data_seed=settings.seed,
+            data_seed=settings.order_seed,
             dataloader_drop_last=True,
             logging_steps=1,
             logging_nan_inf_filter=False,
@@ -142,7 +143,8 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, False
         self.remove_callback(PrinterCallback)
         self.add_callback(_Progress())
-        self._compiled = settings.compile and _can_compile(self.args.device)
+        self.add_callback(WeightDecay(self.weight_decay, self.steps))
+        self._compiled = settings.compile and can_compile(self.args.device)
         self._body = models.body(model)
         if self._compiled and features is None:
             self._body = torch.compile(self._body, dynamic=False)
@@ -250,8 +252,8 @@ class DistillationTrainer(Trainer):
 
     def _at(self, step: int) -> tuple[float, float]:
         """Weight of the KD term and temperature in a step, counted from 0."""
-        progress = min(1.0, step / max(1, self.steps - 1))
-        return self.objective.weight.value(progress), self.objective.temperature.value(progress)
+        at = progress(step, self.steps)
+        return self.objective.weight.value(at), self.objective.temperature.value(at)
 
     def _refuse(self, what: str, value: float, step: int) -> None:
         kept = newest_checkpoint(Path(self.args.output_dir))
@@ -307,7 +309,8 @@ class DistillationTrainer(Trainer):
             if self.low_precision == "none":
                 self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
             else:
-                self.optimizer = low_precision.adamw_8bit(groups, rate, betas, compiled=self._compiled)
+                moves = not self.weight_decay.is_constant
+                self.optimizer = low_precision.adamw_8bit(groups, rate, betas, self._compiled, moving_decay=moves)
         return self.optimizer
 
     def log(self, logs: dict, start_time=None) -> None:
@@ -321,7 +324,9 @@ class DistillationTrainer(Trainer):
         self.step_log.tokens += parts["tokens"]
         means = {name: parts[name] / max(1, parts["tokens"]) for name in ("loss", "ce", "kd", "feature")}
         self.state.log_history.append({"step": self.state.global_step, "loss": means["loss"]})
-        weight, temperature = self._at(self.state.global_step - 1)  # of the step that was just taken
+        taken = self.state.global_step - 1  # the step that was just taken
+        weight, temperature = self._at(taken)
+        decay = "" if self.weight_decay.is_constant else self.weight_decay.value(progress(taken, self.steps))
         distils = self.objective.distils
         self._log(
             {
@@ -332,6 +337,7 @@ class DistillationTrainer(Trainer):
                 "kd_weight": weight if distils else "",
                 "temperature": temperature if distils else "",
                 "learning_rate": logs["learning_rate"],
+                "weight_decay": decay,
                 "memory_bytes": memory_bytes(),
             }
         )
@@ -353,32 +359,3 @@ class _Progress(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
-
-
-@contextmanager
-def repeatable():
-    """Deterministic algorithms within the block, and what was set before after it."""
-    # The backward pass that torch.compile makes of an embedding adds rows in whichever order the threads come. Deterministic, it
-    # adds them in their own order, by one thread; everything else in a step is repeatable as it is.
-    enabled, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=warn_only or not enabled)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads memory that was not written
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
-
-
-def _can_compile(device: torch.device) -> bool:
-    # Triton builds its launchers in C, the CPU backend its kernels in C++.
-    names = (
-        (os.environ.get("CC", "gcc"), "clang") if device.type == "cuda" else (os.environ.get("CXX", "g++"), "clang++")
-    )
-    found = any(shutil.which(name) for name in names)
-    if not found:
-        print(
-            f"kdlib: no compiler ({' or '.join(names)}) found, so torch.compile is skipped; results are equal to rounding, training is slower."
-        )
-    return found
