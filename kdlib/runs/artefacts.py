@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kdlib import models
 from kdlib.cache import TargetCache
@@ -53,10 +53,7 @@ def load_model(run: Run) -> torch.nn.Module:
             f"{run.id} holds results but no model, since models are not committed. Make it with: kdlib make {run.id} "
             f"--profile {run.path.parents[1].name} --with-artefact"
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
-    )
-    return model.to(device()).eval()
+    return models.load(folder, attention="eager").to(device()).eval()
 
 
 def open_targets(targets: Run, text: Run, split: corpus.Split, temperature: float) -> TargetCache:
