@@ -52,7 +52,7 @@ class Packing:
         past_key_values: Cache | None,
         logits_to_keep: int | Tensor,
     ) -> Tensor | Streamed:
-        """The members' logits [K, batch, positions, V], streamed where they compute one by one; arguments as transformers models take them.
+        """The members' logits [K, batch, positions, V], or streamed; arguments as transformers models take them.
 
         With gradients or in training mode members compute one by one, since what is trained are their own parameters. Each does so
         where it lies, and its logits come back to where the text is. Raises KdlibError for members unlike with a cache that is not theirs.
@@ -64,7 +64,7 @@ class Packing:
             if self._packed is None:
                 self._packed = PackedMembers(members)
                 self._seen = list(_state(members))
-            return self._packed(input_ids, attention_mask, position_ids, past_key_values, logits_to_keep)
+            return self._packed.logits(input_ids, attention_mask, position_ids, past_key_values, logits_to_keep)
         caches = self._caches(members, past_key_values)
 
         def one(number: int) -> Tensor:

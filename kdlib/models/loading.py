@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from gguf import GGUFReader
-from tokenizers import pre_tokenizers
 from safetensors import SafetensorError, safe_open
+from tokenizers import pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -69,7 +69,7 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, attention: str 
     folder = Path(folder)
     options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
     if not dcp.is_dcp(folder) or any(folder.glob("*.safetensors")):
-        _refuse_damaged(folder)
+        safetensors_of(folder)
         with _loading(folder):
             return _complete(folder, AutoModelForCausalLM, str(folder), use_safetensors=True, **options)
     empty = outline(folder)
@@ -80,7 +80,7 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, attention: str 
     return model
 
 
-def outline(folder: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def outline(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model of a folder's configuration without its tensors, which are on the meta device.
 
     Raises:
@@ -158,28 +158,35 @@ def _complete(source: str | Path, kind: type, place: str | None, **options: Any)
     return model
 
 
-def _refuse_damaged(folder: Path) -> None:
-    """Refuse a folder whose safetensors are not all there: transformers would not say which file it is."""
+def safetensors_of(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: one, or the shards that its index names; none where there are none.
+
+    Raises:
+        KdlibError: one is missing or damaged, by name: transformers would not say which.
+    """
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        names = [path.name for path in folder.glob("model.safetensors")]
+        found = list(folder.glob("model.safetensors"))
     else:
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            found = [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
         except (ValueError, KeyError, AttributeError) as error:
             raise KdlibError(f"{index} must say which file holds which tensor, got {type(error).__name__}. Copy it again.") from error
-    for path in (folder / name for name in names):
+    for path in found:
         try:
             with safe_open(path, "pt"):
                 pass
         except (OSError, SafetensorError) as error:
             raise KdlibError(f"{path} must be a whole safetensors file, got {str(error)[:100]}. Copy it again.") from error
+    return found
 
 
 @contextmanager
 def _loading(source: str | Path) -> Iterator[None]:
     try:
         yield
+    except KdlibError:
+        raise
     except (OSError, ValueError) as error:
         raise KdlibError(
             f"{source} must be a .gguf file, a folder of save_pretrained with safetensors or of torch.distributed.checkpoint, or a hub id, "
