@@ -302,8 +302,11 @@ def test_members_on_several_devices_compute_where_they_lie():
     """Devices that need not exist: only shapes and places are computed."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
-        members = [built("tied").to("cuda:0"), built("untied").to("cuda:1"), built("gpt2")]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        members = []
+        for name, place in zip(MEMBERS, ("cuda:0", "cuda:1", "cpu"), strict=True):
+            with torch.device(place):
+                members.append(built(name))
         ensemble = EnsembleForCausalLM.from_members(members)
         for place in ("cpu", "cuda:0"):
             ids = tiny.text().to(place)
