@@ -15,7 +15,7 @@ from tokenizers import models as tokenizer_models
 from torch.distributed import checkpoint
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kdlib import models
 from kdlib.ensemble import distributed
@@ -298,22 +298,36 @@ def test_what_a_share_cannot_do_is_refused(found):
 
 
 @torch.no_grad()
-def test_members_on_several_devices_compute_where_they_lie():
-    """Devices that need not exist: only shapes and places are computed."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+def test_each_member_is_asked_where_it_lies_and_answers_where_the_text_is(monkeypatch):
+    """Without a second device: what is moved is written down, and stays."""
+    ensemble, (ids, mask) = EnsembleForCausalLM.from_members([built(name) for name in MEMBERS]), prompt()
+    whole, places, moved, to = ensemble(ids, attention_mask=mask).logits, ("cuda:0", "cuda:1", "cpu"), [], torch.Tensor.to
+    lies = dict(zip(ensemble.members, map(torch.device, places), strict=True))
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        members = []
-        for name, place in zip(MEMBERS, ("cuda:0", "cuda:1", "cpu"), strict=True):
-            with torch.device(place):
-                members.append(built(name))
-        ensemble = EnsembleForCausalLM.from_members(members)
-        for place in ("cpu", "cuda:0"):
-            ids = tiny.text().to(place)
-            output = ensemble(ids, attention_mask=torch.ones_like(ids), use_cache=True)
-            assert output.logits.device == torch.device(place) and output.logits.shape == (2, 9, tiny.VOCABULARY)
-            kept = [layer.keys.device for layer in output.past_key_values.layers]
-            assert kept == [torch.device("cuda:0")] * 2 + [torch.device("cuda:1")] + [torch.device("cpu")]
+    def record(self, *arguments, **options):
+        if not (arguments and isinstance(arguments[0], torch.device)):
+            return to(self, *arguments, **options)
+        moved.append((tuple(self.shape), arguments[0]))
+        return self
+
+    monkeypatch.setattr(PreTrainedModel, "device", property(lies.get))
+    monkeypatch.setattr(torch.Tensor, "to", record)
+    found = ensemble(ids, attention_mask=mask).logits
+    monkeypatch.undo()
+    assert torch.equal(found, whole)
+    there, back = ((2, 9), (2, 9, tiny.VOCABULARY)), torch.device("cpu")
+    asked = [(shape, place) for shape, place in moved if shape in there]
+    assert asked == [step for place in lies.values() for step in [(there[0], place)] * 2 + [(there[1], back)]]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+@torch.no_grad()
+def test_members_on_two_devices_agree_with_one():
+    whole = EnsembleForCausalLM.from_members([built(name) for name in MEMBERS])
+    apart = EnsembleForCausalLM.from_members([built("tied"), built("untied").cuda(), built("gpt2")])
+    ids, mask = prompt()
+    assert torch.allclose(apart(ids, attention_mask=mask).logits, whole(ids, attention_mask=mask).logits, atol=1e-4)
+    assert torch.equal(generated(apart, SEARCHES["greedy"]), generated(whole, SEARCHES["greedy"]))
 
 
 @torch.no_grad()
