@@ -1,13 +1,19 @@
 """Ensembles that are combined by what was learned: settings, runs, and that no weight sees test text."""
 
+import os
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
 from safetensors.torch import save_file
+from scipy import stats
 from tiny_study import make, step, train_split
 
 from kdlib.ensemble import weights as learned
@@ -15,7 +21,9 @@ from kdlib.ensemble.model import EnsembleForCausalLM
 from kdlib.errors import KdlibError
 from kdlib.evaluation.metrics import evaluate
 from kdlib.runs import artefacts, combiners
+from kdlib.runs.card import interval
 from kdlib.study.combining import Combine
+from kdlib.study.profiles import REPOSITORY
 from kdlib.study.store import Run
 
 CE = {"objective": "ce"}
@@ -154,6 +162,68 @@ def test_a_calibrated_ensemble_is_saved_with_the_temperature_that_its_metrics_te
     ids = torch.arange(5, 15)[None]
     softened = torch.log_softmax(other(ids).logits / run.metrics["temperature"], -1)
     assert torch.allclose(model(ids).logits, softened, atol=1e-5)
+
+
+def card_of(run):
+    """Front matter, sections, and the block of Python of a run's model card."""
+    _, front, text = (run.path / "model" / "README.md").read_text(encoding="utf-8").split("---\n")
+    use, *sections = text.split("\n## ")[1:]
+    found = {one.partition("\n")[0]: yaml.safe_load(one.partition("```yaml\n")[2].partition("```")[0]) for one in sections}
+    return yaml.safe_load(front), found, use.partition("```python\n")[2].partition("```")[0]
+
+
+@pytest.mark.parametrize("kind", ["ensemble", "student"])
+def test_a_model_card_tells_what_the_run_measured_and_how_to_load_it(profile, kind, tmp_path):
+    run = ensemble(profile, calibrate=True) if kind == "ensemble" else members_of(profile)[0]
+    front, found, use = card_of(run)
+    corpus, metrics = make(profile, "01_corpus").metrics["card"], run.metrics
+    assert front["run"] == run.id and front["license"] == "other" and found["Settings"] == run.settings
+    for split in ("test", "ood"):
+        told, measured = found["Metrics"][split], metrics["evaluation"][split]
+        shown = {name: told[name] for name in ("nll", "nll_calibrated", "accuracy", "ece", "ece_calibrated", "bits_per_byte", "tokens")}
+        assert shown == {name: measured[name] for name in shown}
+        assert found["Data"]["splits"][split]["documents"] == corpus["splits"][split]["documents"]
+        low, high = told["nll_interval"]
+        assert low < told["nll"] < high and told["accuracy_interval"][0] < told["accuracy"] < told["accuracy_interval"][1]
+    assert found["Metrics"]["temperature"] == metrics["temperature"]
+    assert found["Data"]["out_of_domain"] and set(found["Data"]["splits"]) == set(corpus["splits"])
+    assert found["Versions"].keys() >= {"commit", "python", "torch", "transformers"}
+    assert found["Licence"]["text"] == {name: one["licence"] for name, one in corpus["domains"].items()}
+    if kind == "ensemble":
+        assert found["Ensemble"]["members"] == metrics["members"]
+        assert found["Ensemble"]["calibration_temperature"] == metrics["temperature"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", use], cwd=run.path / "model", env=environment, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0 and done.stdout.startswith("It was"), done.stderr
+
+
+def test_the_interval_of_a_card_is_that_of_a_mean_over_sources():
+    rng = np.random.default_rng(0)
+    groups = pd.DataFrame({"domain": "talk", "source": np.arange(24) // 2})  # two documents a source, of one length
+    tokens = pd.Series(np.full(24, 50))
+    sums = tokens * rng.normal(3, 1, 24)
+    means = sums.to_numpy().reshape(12, 2).sum(1) / 100
+    expected = stats.t.interval(0.95, 11, means.mean(), stats.sem(means))
+    assert interval(sums, tokens, groups) == pytest.approx(expected)
+    # Domains that differ add nothing within which sources are alike, unless one has a source alone.
+    apart = groups.assign(domain=np.where(groups.source < 6, "easy", "hard"))
+    shifted = sums + tokens * np.where(apart.domain == "easy", 0, 5)
+    low, high = interval(shifted, tokens, apart)
+    assert high - low == pytest.approx(expected[1] - expected[0], rel=0.15)
+    alone = apart.assign(domain=np.where(groups.source == 0, "easy", "hard"))
+    assert np.diff(interval(shifted, tokens, alone)) > 2 * (high - low)
+    assert np.isnan(interval(sums[:2], tokens[:2], groups[:2])).all()
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    rng, held = np.random.default_rng(1), 0
+    for _ in range(300):
+        sources = np.repeat(np.arange(20), rng.integers(1, 5, 20))
+        tokens = pd.Series(rng.integers(40, 200, len(sources)))
+        sums = tokens * (3 + rng.normal(0, 0.4, 20)[sources] + rng.normal(0, 0.2, len(sources)))
+        low, high = interval(sums, tokens, pd.DataFrame({"domain": sources % 2, "source": sources}))
+        held += low < 3 < high
+    assert 270 <= held <= 297
 
 
 def specialists(profile, **settings):

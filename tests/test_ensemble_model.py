@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from test_losses import Living
 from tokenizers import Tokenizer, models
 from torch.nn import functional
 from transformers import (
@@ -106,6 +107,58 @@ def test_generation_with_the_members_caches_equals_generation_without(search):
     cached = ensemble.generate(ids, use_cache=True, **options)
     assert torch.equal(cached, ensemble.generate(ids, use_cache=False, **options))
     assert cached.shape == (2, 21)
+
+
+def test_an_ensemble_of_one_samples_what_its_member_samples():
+    one, ids = member(0), text()
+    options = {"max_new_tokens": 12, "do_sample": True, "temperature": 0.8, "top_p": 0.9, "attention_mask": torch.ones_like(ids)}
+    found = []
+    for model in (one, EnsembleForCausalLM.from_members([one]), EnsembleForCausalLM.from_members([one, one])):
+        torch.manual_seed(3)
+        found.append(model.generate(ids, eos_token_id=-1, **options))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], one.generate(ids, eos_token_id=-1, **options)), "it does draw"
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_samples_of_a_pool_have_its_frequencies(use_cache):
+    ensemble, ids = EnsembleForCausalLM.from_members(unlike_members(), weights=[0.6, 0.1, 0.3]), text(1, 4)
+    torch.manual_seed(0)
+    options = {"max_new_tokens": 1, "do_sample": True, "top_k": 0, "attention_mask": torch.ones_like(ids), "use_cache": use_cache}
+    drawn = ensemble.generate(ids.expand(4000, -1), **options | {"attention_mask": torch.ones(4000, 4, dtype=torch.long)})[:, -1]
+    with torch.no_grad():
+        p = ensemble(ids).logits[0, -1].exp()
+    error = torch.bincount(drawn, minlength=VOCABULARY) / 4000 - p
+    assert (error.abs() <= 5 * (p * (1 - p) / 4000).sqrt() + 1e-3).all()
+
+
+@pytest.mark.parametrize("how", [{}, {"pool": "logit", "weights": [0.5, 0.2, 0.3]}], ids=["even", "weighted"])
+@torch.no_grad()
+def test_padding_on_either_side_changes_no_logits_and_no_text(how):
+    ensemble, ids = EnsembleForCausalLM.from_members(unlike_members(), **how), text(2, 6)
+    alone = ensemble(ids).logits
+    padding, mask = torch.full((2, 3), 7), torch.cat([torch.zeros(2, 3), torch.ones(2, 6)], 1).long()
+    right = ensemble(torch.cat([ids, padding], 1), attention_mask=mask.flip(1)).logits
+    assert torch.allclose(right[:, :6], alone, atol=1e-5)
+    numbered = (mask.cumsum(-1) - 1).clamp(min=0)
+    left = ensemble(torch.cat([padding, ids], 1), attention_mask=mask, position_ids=numbered).logits
+    assert torch.allclose(left[:, 3:], alone, atol=1e-5)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1}
+    plain = ensemble.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    padded = ensemble.generate(torch.cat([padding, ids], 1), attention_mask=mask, **options)
+    assert torch.equal(padded[:, 3:], plain)
+
+
+@torch.no_grad()
+def test_members_that_compute_one_by_one_hold_as_many_sets_of_logits_whatever_their_number():
+    most = {}
+    for count in (4, 10):
+        ensemble, ids = EnsembleForCausalLM.from_members(unlike_members()[1:] * (count // 2)), text(4, 40)
+        ensemble(ids)
+        with Living(ids.numel() * VOCABULARY) as living:
+            ensemble(ids)
+        most[count] = living.most
+    assert most[10] == most[4] < 10  # also what a member computes on the way to its logits
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import weakref
 from dataclasses import replace
 from itertools import product
 
@@ -10,10 +11,11 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdlib.ensemble.pooling import POOLS
+from kdlib.ensemble.pooling import POOLS, pool_of
 from kdlib.errors import KdlibError
 from kdlib.losses import DenseTargets, PooledTargets, SparseTargets, linear_distillation_loss
 from kdlib.losses.divergences import DENSE_ONLY, DIVERGENCES, divergence_loss
+from kdlib.losses.logits import Streamed
 from kdlib.losses.reference import cross_entropy, distillation_loss, forward_kl, sparse_kl
 
 TOKENS, VOCABULARY, WIDTH = 11, 13, 5
@@ -1096,12 +1098,77 @@ def test_rows_and_moves_of_an_ensemble_reach_every_member_and_keep_its_pool():
     assert (moved.pool, moved.temperature) == (POOLS["logit"], 1.6) and moved.members[0].bias is None
 
 
-def test_an_ensemble_keeps_no_more_than_a_chunk_of_its_members_logits():
-    tokens, vocabulary, width, chunk = 512, 64, 6, 16
+def test_an_ensemble_keeps_no_more_than_a_chunk_of_one_members_logits():
+    tokens, vocabulary, width, chunk = 512, 64, 6, 32
     student = [normal(tokens, width, seed=0), normal(vocabulary, width, seed=1), normal(vocabulary, seed=2)]
     members = [DenseTargets(normal(tokens, width, seed=s), normal(vocabulary, width, seed=s + 1)) for s in (3, 5, 7)]
     student = [x.requires_grad_() for x in student]
     targets = PooledTargets(tuple(members), POOLS["probability"])
     with LargestTensor() as largest:
         fused(student, torch.arange(tokens) % vocabulary, targets, 0.3, chunk_tokens=chunk)
-    assert largest.elements == max(tokens * width, len(members) * chunk * vocabulary)
+    assert chunk * vocabulary < largest.elements == tokens * width < len(members) * chunk * vocabulary
+
+
+class Living(TorchDispatchMode):
+    """Records how many tensors of ``elements`` or more have been alive at a time, views of one counted once."""
+
+    def __init__(self, elements):
+        super().__init__()
+        self.elements, self.most, self.seen = elements, 0, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.numel() >= self.elements:
+                self.seen.append(weakref.ref(tensor))
+        self.seen = [one for one in self.seen if one() is not None]
+        # In units of such a tensor, so that a stack of several counts as what it holds.
+        sizes = {one().untyped_storage().data_ptr(): one().untyped_storage().nbytes() // one().itemsize for one in self.seen}
+        self.most = max(self.most, sum(size // self.elements for size in sizes.values()))
+        return result
+
+
+def many_members(count, dtype=torch.float64):
+    return tuple(DenseTargets(normal(TOKENS, 5, seed=s).to(dtype), normal(VOCABULARY, 5, seed=s + 1).to(dtype)) for s in range(0, 2 * count, 2))
+
+
+WEIGHTS = [0.1, 0.0, 0.3, 0.2, 0.15, 0.05, 0.2]
+EVEN = {"probability": pool_of("probability"), "logit": pool_of("logit"), "power": pool_of("probability", 0.4)}
+WAYS = EVEN | {
+    "weighted probability": pool_of("probability", None, WEIGHTS),
+    "weighted logit": pool_of("logit", None, WEIGHTS),
+    "weighted power": pool_of("probability", 0.4, WEIGHTS),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_members_that_are_streamed_have_the_pool_of_those_that_are_stacked(way, dtype, tolerance):
+    members = many_members(7, dtype)
+    stacked = torch.stack([F.log_softmax(one.logits(), -1) for one in members])
+    found = PooledTargets(members, WAYS[way]).logits()
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, WAYS[way](stacked), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("way", EVEN)
+def test_a_pool_of_many_members_holds_as_many_sets_of_logits_as_one_of_few(way):
+    most = {}
+    for count in (3, 12):
+        with Living(TOKENS * VOCABULARY) as living:
+            PooledTargets(many_members(count), WAYS[way]).logits()
+        most[count] = living.most
+    assert most[12] == most[3] <= 5
+    with Living(TOKENS * VOCABULARY) as living:  # what it must not do, and what this test would notice
+        WAYS[way](torch.stack([F.log_softmax(one.logits(), -1) for one in many_members(12)]))
+    assert living.most >= 24
+
+
+def test_streamed_members_are_asked_once_and_must_be_as_many_as_the_weights():
+    asked = []
+    streamed = Streamed(many_members(3), lambda one: asked.append(one) or F.log_softmax(one.logits(), -1))
+    for pool in (pool_of("probability"), pool_of("logit"), pool_of("probability", 0.5), pool_of("logit", None, [0.2, 0.3, 0.5])):
+        pool(streamed)
+    assert len(asked) == 4 * 3
+    with pytest.raises(KdlibError, match="3 non-negative numbers that sum to 1"):
+        pool_of("probability", None, [0.5, 0.5])(streamed)

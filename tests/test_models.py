@@ -314,7 +314,8 @@ def test_the_model_card_tells_data_settings_metrics_and_versions(tokenizer, tmp_
     _, front, text = (tmp_path / "model" / "README.md").read_text(encoding="utf-8").split("---\n")
     front = yaml.safe_load(front)
     assert front["library_name"] == "transformers" and front["base_model"] == "some/teacher"
-    blocks = text.split("## ")[1:]
+    use, *blocks = text.split("## ")[1:]
+    assert use.startswith("Use\n\n```python\nfrom transformers import")  # a type of transformers' own needs no other import
     assert [block.split("\n")[0] for block in blocks] == ["Data", "Settings", "Metrics", "Versions"]
     found = [yaml.safe_load(block.split("```yaml\n")[1].split("```")[0]) for block in blocks]
     assert found == [card["data"], card["settings"], card["metrics"], card["versions"]]

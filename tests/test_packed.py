@@ -15,6 +15,7 @@ from kdlib.ensemble.model import EnsembleForCausalLM
 from kdlib.ensemble.packed import PackedMembers, unpackable
 from kdlib.ensemble.packing import EnsembleCache
 from kdlib.errors import KdlibError
+from kdlib.losses.logits import Streamed
 
 VOCABULARY, WIDTH, HEADS, MEMBERS = 53, 32, 4, 3
 FAMILIES = {
@@ -275,8 +276,8 @@ def always(monkeypatch):
 @pytest.fixture
 def spy(monkeypatch):
     """Numbers of positions of the forward passes that were packed."""
-    seen, forward = [], PackedMembers.forward
-    monkeypatch.setattr(PackedMembers, "forward", lambda self, ids, *rest: seen.append(ids.numel()) or forward(self, ids, *rest))
+    seen, logits = [], PackedMembers.logits
+    monkeypatch.setattr(PackedMembers, "logits", lambda self, ids, *rest: seen.append(ids.numel()) or logits(self, ids, *rest))
     return seen
 
 
@@ -304,6 +305,17 @@ def test_generation_packed_is_that_of_the_loop(family, search, spy, always):
     assert len(spy) == 12 and ensemble.packing.reason is None
     torch.manual_seed(0)
     assert torch.equal(packed, loop_only(ensemble).generate(ids, **options)) and len(spy) == 12
+
+
+@pytest.mark.parametrize("keep", [0, 5, torch.tensor([0, 2, 8])])
+@torch.no_grad()
+def test_output_layers_of_long_texts_compute_one_by_one_and_agree(keep, monkeypatch):
+    packed = PackedMembers(alike())
+    together = packed.logits(text(), logits_to_keep=keep)
+    monkeypatch.setattr("kdlib.ensemble.packed.STACKED", 4)
+    apart = packed.logits(text(), logits_to_keep=keep)
+    assert isinstance(together, torch.Tensor) and isinstance(apart, Streamed) and len(apart) == len(together)
+    assert close(torch.stack(list(apart)), together) and close(packed(text(), logits_to_keep=keep), together)
 
 
 def test_a_cache_may_be_filled_one_by_one_and_read_packed(monkeypatch, spy):

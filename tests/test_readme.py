@@ -37,6 +37,12 @@ with torch.no_grad():
 assert all(one.grad is not None and one.grad.abs().max() > 0 for one in student.parameters())
 assert abs(found - wanted) < 1e-4 * wanted, (found, wanted)
 """,
+    "A saved ensemble": """
+ids = torch.randint(1000, (2, 9))
+with torch.no_grad():
+    wanted = sum(weight * one.eval()(ids).logits.softmax(-1) for weight, one in zip([0.5, 0.3, 0.2], members))
+    assert torch.allclose(ensemble(ids).logits.exp(), wanted, atol=1e-6)
+""",
     "Cached targets in any Trainer": """
 assert trainer.state.global_step == 2 and trainer.state.log_history[-1]["train_loss"] > 0
 assert targets.cache.kind.draws == 32 and targets.cache.positions == 17

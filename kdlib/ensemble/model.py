@@ -15,7 +15,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kdlib.ensemble.packing import Packing
-from kdlib.ensemble.pooling import POOLS, log_probs, pool_of
+from kdlib.ensemble.pooling import POOLS, Members, log_probs, pool_of
 from kdlib.ensemble.routing import RoutedCache, Router, empty_router
 from kdlib.errors import KdlibError
 
@@ -112,8 +112,12 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def pool(self) -> Callable[..., Tensor]:
-        """Log-probabilities [K, ..., V] of the members -> those of the pool, uncalibrated; a router's weights go with them."""
+        """Log-probabilities of the members, [K, ..., V] or streamed -> those of the pool, uncalibrated; a router's weights go with them."""
         return pool_of(self.config.pool, self.config.exponent, self.config.weights)
+
+    def _pooled(self, log_probs: Members, input_ids: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Log-probabilities of the pool, uncalibrated; ``weights`` [K, batch, positions]: a router's."""
+        return self.pool(log_probs) if weights is None else self.pool(log_probs, weights=weights)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -138,14 +142,14 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values = self.packing.cache(self.members)
             if self.router is not None:
                 past_key_values = RoutedCache(past_key_values)
-        cache, weights = past_key_values, {}
+        cache, weights = past_key_values, None
         if self.router is not None:
             cache, sums = (None, None) if cache is None else (cache.members, cache.sums)
             routed = self.router(input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=sums)
             kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            weights["weights"] = routed[:, kept].movedim(-1, 0)
+            weights = routed[:, kept].movedim(-1, 0)
         logits = self.packing.logits(self.members, input_ids, attention_mask, position_ids, cache, logits_to_keep)
-        pooled = self.pool(log_probs(logits), **weights)
+        pooled = self._pooled(log_probs(logits), input_ids, weights)
         if self.config.calibration_temperature != 1:
             pooled = log_probs(pooled / self.config.calibration_temperature)
         loss = None

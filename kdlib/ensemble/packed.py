@@ -19,6 +19,9 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import slice_logits_to_keep
 
 from kdlib.errors import KdlibError
+from kdlib.losses.logits import Streamed
+
+STACKED = 64  # positions up to which the output layers of all members are one product, whose result holds K sets of logits
 
 _LLAMA = {
     "attention_norm": ("input_layernorm",),
@@ -100,6 +103,18 @@ class PackedMembers(nn.Module):
         ``past_key_values``: a ``DynamicCache`` that holds the heads of all members side by side
         [batch, K·heads, positions, width].
         """
+        logits = self.logits(input_ids, attention_mask, position_ids, past_key_values, logits_to_keep)
+        return torch.stack(list(logits)) if isinstance(logits, Streamed) else logits
+
+    def logits(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        logits_to_keep: int | Tensor = 0,
+    ) -> Tensor | Streamed:
+        """As :meth:`forward`, but streamed where a member has positions enough for a product of its own to be as fast."""
         hidden = self.hidden(input_ids, attention_mask, position_ids, past_key_values)
         if isinstance(logits_to_keep, int):
             hidden = hidden[:, :, -logits_to_keep:]
@@ -107,6 +122,8 @@ class PackedMembers(nn.Module):
             kept = slice_logits_to_keep(hidden.permute(1, 2, 0, 3).flatten(2), logits_to_keep)
             hidden = kept.unflatten(-1, (len(self), -1)).movedim(-2, 0)
         weight = self.ends["embedding_weight"] if self.tied else self.head["head_weight"]
+        if hidden[0, ..., 0].numel() > STACKED:
+            return Streamed(range(len(self)), lambda number: hidden[number] @ weight[number].T)
         logits = torch.bmm(hidden.reshape(len(self), -1, hidden.shape[-1]), weight.transpose(1, 2))
         return logits.view(*hidden.shape[:-1], weight.shape[1])
 

@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from kdlib.ensemble.packed import PackedMembers, unpackable
 from kdlib.errors import KdlibError
+from kdlib.losses.logits import Streamed
 
 # Positions times hidden size up to which members are packed on a CPU, where they were 1.2 times as fast as the loop and
 # more (benchmarks/packing.py). Of large inputs the activations of one member fit the processor's cache, and all do not.
@@ -50,38 +51,34 @@ class Packing:
         position_ids: Tensor | None,
         past_key_values: Cache | None,
         logits_to_keep: int | Tensor,
-    ) -> Tensor:
-        """The members' logits [K, batch, positions, V]; arguments as transformers models take them.
+    ) -> Tensor | Streamed:
+        """The members' logits [K, batch, positions, V], or streamed; arguments as transformers models take them.
 
-        With gradients or in training mode members compute one by one, since what is trained are their own parameters.
-        Raises KdlibError for members unlike with a cache that is not theirs.
+        With gradients or in training mode members compute one by one, since what is trained are their own parameters. Each does so
+        where it lies, and its logits come back to where the text is. Raises KdlibError for members unlike with a cache that is not theirs.
         """
         # A module is not replaced between two tokens of one generation, and looking takes a good part of a token's time.
         if past_key_values is None or not past_key_values.get_seq_length():
             self._look(members)
-        arguments = (attention_mask, position_ids)
         if not isinstance(past_key_values, EnsembleCache) and self._pays(members, input_ids):
             if self._packed is None:
                 self._packed = PackedMembers(members)
                 self._seen = list(_state(members))
-            return self._packed(input_ids, *arguments, past_key_values, logits_to_keep)
+            return self._packed.logits(input_ids, attention_mask, position_ids, past_key_values, logits_to_keep)
         caches = self._caches(members, past_key_values)
-        logits = torch.stack(
-            [
-                member(
-                    input_ids=input_ids,
-                    attention_mask=attention_mask,
-                    position_ids=position_ids,
-                    past_key_values=cache,
-                    use_cache=cache is not None,
-                    logits_to_keep=logits_to_keep,
-                ).logits
-                for member, cache in zip(members, caches, strict=True)
-            ]
-        )
-        if isinstance(past_key_values, DynamicCache):
-            _join(caches, past_key_values)
-        return logits
+
+        def one(number: int) -> Tensor:
+            member, cache = members[number], caches[number]
+            place = input_ids.device if member.device.type == "meta" else member.device  # meta: weights come when they are needed
+            options = {"past_key_values": cache, "use_cache": cache is not None, "logits_to_keep": logits_to_keep}
+            for name, given in (("input_ids", input_ids), ("attention_mask", attention_mask), ("position_ids", position_ids)):
+                options[name] = given.to(place) if isinstance(given, Tensor) else given
+            logits = member(**options).logits.to(input_ids.device)
+            if number == len(members) - 1 and isinstance(past_key_values, DynamicCache):
+                _join(caches, past_key_values)
+            return logits
+
+        return Streamed(range(len(members)), one)
 
     def _pays(self, members: Sequence[PreTrainedModel], input_ids: Tensor) -> bool:
         if self.reason or len(members) == 1 or members[0].training or torch.is_grad_enabled():

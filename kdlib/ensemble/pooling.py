@@ -1,25 +1,31 @@
 """Pools of K distributions over one vocabulary, and the ambiguity that makes a pool better than its average member.
 
-Every function takes log-probabilities [K, ..., V], members first, and computes in float32, or in float64 if given it.
+Every function takes log-probabilities [K, ..., V], members first, and computes in float32, or in float64 if given it. Pools also take
+them streamed (:class:`kdlib.losses.logits.Streamed`): they then hold one member's at a time, beside what those before it add up to.
 """
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from kdlib.errors import KdlibError
+from kdlib.losses.logits import Streamed
+
+Members = Tensor | Streamed
 
 
-def log_probs(logits: Tensor) -> Tensor:
+def log_probs(logits: Members) -> Members:
     """Log-softmax over the last dimension in float32, or float64 if given it."""
+    if isinstance(logits, Streamed):
+        return logits.then(log_probs)
     return functional.log_softmax(_wide(logits), dim=-1)
 
 
-def probability_pool(log_probs: Tensor, weights: Tensor | None = None) -> Tensor:
+def probability_pool(log_probs: Members, weights: Tensor | None = None) -> Tensor:
     """Log of the members' mean probability, log Σ_k w_k p_k; ``weights`` sum to 1 over members (default 1/K).
 
     Works on any slice of the distributions too: the members' log-probabilities of one token give the pool's. Raises
@@ -28,23 +34,17 @@ def probability_pool(log_probs: Tensor, weights: Tensor | None = None) -> Tensor
     Args:
         weights: [K], or [K, ...] with a distribution over the members at each position.
     """
-    log_probs = _wide(log_probs)
     if weights is None:
-        return _sum(log_probs) - math.log(len(log_probs))
-    # A finite logarithm of 0: it weighs nothing, and its gradient is no NaN where several members weigh nothing.
-    log_weights = _weights(weights, log_probs).log().clamp(min=-1e4)
-    return _sum(one + weight for one, weight in zip(log_probs, log_weights, strict=True))
+        return _sum(map(_wide, log_probs)) - math.log(len(log_probs))
+    return running(_weighted(log_probs, weights), 1.0)
 
 
-def logit_pool(log_probs: Tensor, weights: Tensor | None = None) -> Tensor:
+def logit_pool(log_probs: Members, weights: Tensor | None = None) -> Tensor:
     """Log of the normalised geometric mean, log softmax(Σ_k w_k log p_k): the same pool as that mean of the logits."""
-    mean = _mean(log_probs, weights)
-    if len(log_probs) == 1:
-        return mean  # normalising a normalised distribution again would move its last bit
-    return functional.log_softmax(mean, dim=-1)
+    return _normalised(_mean(log_probs, weights), len(log_probs))
 
 
-def power_pool(log_probs: Tensor, exponent: float, weights: Tensor | None = None) -> Tensor:
+def power_pool(log_probs: Members, exponent: float, weights: Tensor | None = None) -> Tensor:
     """Log of the normalised power mean, (Σ_k w_k p_k^r)^(1/r) / Z with ``exponent`` r in (0, 1].
 
     r = 1 is the probability pool, and r → 0 the geometric one; the rounding of the logarithm is divided by r.
@@ -54,15 +54,30 @@ def power_pool(log_probs: Tensor, exponent: float, weights: Tensor | None = None
         raise KdlibError(f"`exponent` of a power mean must be above 0 and at most 1, got {exponent}. For 0 take the logit pool.")
     if exponent == 1:
         return probability_pool(log_probs, weights)
-    mean = probability_pool(_wide(log_probs) * exponent, weights) / exponent
-    return _wide(log_probs)[0] if len(log_probs) == 1 else functional.log_softmax(mean, dim=-1)
+    if len(log_probs) == 1:
+        return _mean(log_probs, weights)
+    streamed = isinstance(log_probs, Streamed)
+    raised = log_probs.then(lambda one: exponent * _wide(one)) if streamed else exponent * _wide(log_probs)
+    return _normalised(probability_pool(raised, weights) / exponent, len(log_probs))
+
+
+def running(weighted: Iterable[tuple[Tensor, Tensor]], exponent: float) -> Tensor:
+    """log Σ_k w_k p_k^r of (log p_k, w_k), or Σ_k w_k log p_k for ``exponent`` r = 0: one member at a time, on top of the others.
+
+    The weights may be those of a part of the members, such as one process holds: the parts add up.
+    """
+    if exponent == 0:
+        # One that weighs 0 takes no part, were it −∞.
+        return functools.reduce(torch.add, (torch.where(weight > 0, weight * one, 0.0) for one, weight in weighted))
+    # A finite logarithm of 0: it weighs nothing, and its gradient is no NaN where several members weigh nothing.
+    return _sum((one if exponent == 1 else exponent * one) + weight.log().clamp(min=-1e4) for one, weight in weighted)
 
 
 POOLS = {"probability": probability_pool, "logit": logit_pool}
 
 
 def pool_of(name: str, exponent: float | None = None, weights: Sequence[float] | None = None) -> Callable[..., Tensor]:
-    """The pool of that name, or the power mean with that exponent: log-probabilities [K, ..., V] -> those of the pool.
+    """The pool of that name, or the power mean with that exponent: log-probabilities of K members -> those of the pool.
 
     Args:
         weights: of the members; without them the pool takes weights with each call, or none.
@@ -95,22 +110,28 @@ def label_ambiguity(target_log_probs: Tensor, weights: Tensor | None = None) -> 
     return probability_pool(target_log_probs, weights) - _mean(target_log_probs, weights)
 
 
-def _mean(log_probs: Tensor, weights: Tensor | None) -> Tensor:
-    """Weighted mean of the log-probabilities over the members; one that weighs 0 takes no part, were it −∞."""
-    log_probs = _wide(log_probs)
+def _mean(log_probs: Members, weights: Tensor | None) -> Tensor:
+    """Weighted mean of the log-probabilities over the members."""
     if weights is None:
-        return log_probs.mean(dim=0) if len(log_probs) > 1 else log_probs[0]
-    weights = _weights(weights, log_probs)
-    return sum(torch.where(weight > 0, weight * one, 0.0) for one, weight in zip(log_probs, weights, strict=True))
+        return functools.reduce(torch.add, map(_wide, log_probs)) / len(log_probs)
+    return running(_weighted(log_probs, weights), 0)
 
 
-def _weights(weights: Tensor, log_probs: Tensor) -> Tensor:
-    """Weights [K, ..., 1] of the dtype and on the device of the log-probabilities, for them to be multiplied with."""
-    weights, members = weights.to(log_probs), len(log_probs)
-    if not 0 < weights.ndim <= log_probs.ndim or weights.shape != log_probs.shape[: weights.ndim]:
+def _weighted(log_probs: Members, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each member's log-probabilities and its weight, which are looked at as soon as it is known what they are to fit."""
+    for number, one in enumerate(map(_wide, log_probs)):
+        if number == 0:
+            weights = _weights(weights, len(log_probs), one)
+        yield one, weights[number]
+
+
+def _weights(weights: Tensor, members: int, log_probs: Tensor) -> Tensor:
+    """Weights [K, ..., 1] of the dtype and on the device of one member's log-probabilities, for them to be multiplied with."""
+    weights, shape = weights.to(log_probs), (members, *log_probs.shape)
+    if not 0 < weights.ndim <= len(shape) or weights.shape != shape[: weights.ndim]:
         raise KdlibError(
             f"`weights` must be {members} non-negative numbers that sum to 1, one for each member, got shape {tuple(weights.shape)} "
-            f"for log-probabilities {tuple(log_probs.shape)}."
+            f"for log-probabilities {shape}."
         )
     total = weights.sum(dim=0)
     if (weights < 0).any() or not torch.isclose(total, torch.ones_like(total)).all():
@@ -118,7 +139,12 @@ def _weights(weights: Tensor, log_probs: Tensor) -> Tensor:
             f"`weights` must be {members} non-negative numbers that sum to 1, one for each member, got minimum {weights.min():.3g}, "
             f"sums {total.min():.6g} to {total.max():.6g}. Normalise them."
         )
-    return weights.reshape(*weights.shape, *[1] * (log_probs.ndim - weights.ndim))
+    return weights.reshape(*weights.shape, *[1] * (len(shape) - weights.ndim))
+
+
+def _normalised(mean: Tensor, members: int) -> Tensor:
+    # To normalise a normalised distribution again would move its last bit.
+    return mean if members == 1 else functional.log_softmax(mean, dim=-1)
 
 
 def _sum(log_probs: Iterable[Tensor]) -> Tensor:

@@ -144,7 +144,7 @@ class _Combined(NamedTuple):
 def _combined(models: nn.Module | Sequence[nn.Module], pool: str | None) -> tuple[list[nn.Module], _Combined]:
     """The members, and how they are pooled."""
     if isinstance(models, EnsembleForCausalLM):
-        config = models.config
+        config, _ = models.config, models.pool  # which refuses a share of an ensemble
         # Weights are given with each chunk, where they are those of a router too.
         return list(models.members), _Combined(config.pool, pool_of(config.pool, config.exponent), config.weights, models.router)
     return [models] if isinstance(models, nn.Module) else list(models), _Combined(pool, POOLS.get(pool))

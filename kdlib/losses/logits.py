@@ -1,7 +1,34 @@
 """Logits in float32, of student and teacher alike, where the device can without rounding them to half precision first."""
 
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """Values of several members, of which one member's exist at a time: what a pool takes in place of a tensor [K, ...].
+
+    Attributes:
+        members: what each is computed from, K of them.
+        compute: that -> its values, when its turn comes. A pool goes through them once.
+    """
+
+    members: Sequence[Any]
+    compute: Callable[[Any], Tensor]
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return map(self.compute, self.members)
+
+    def then(self, function: Callable[[Tensor], Tensor]) -> "Streamed":
+        """``function`` of these values, streamed as well."""
+        return Streamed(self.members, lambda member: function(self.compute(member)))
 
 
 @torch.no_grad()

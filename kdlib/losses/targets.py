@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from kdlib.losses.logits import head_logits
+from kdlib.losses.logits import Streamed, head_logits
 
 
 @dataclass(frozen=True)
@@ -78,16 +78,16 @@ class DenseTargets:
 
 @dataclass(frozen=True)
 class PooledTargets:
-    """The distribution of an ensemble: its members' whole distributions, pooled chunk by chunk.
+    """The distribution of an ensemble: its members' whole distributions, pooled chunk by chunk, and member by member.
 
     Attributes:
         members: whole distributions [T] of each member.
-        pool: log-probabilities [K, T, V] of the members -> those of the pool [T, V].
+        pool: log-probabilities [T, V] of each member, streamed -> those of the pool [T, V]; see :mod:`kdlib.ensemble.pooling`.
         temperature: of the pool itself, fitted after pooling; 1 for none.
     """
 
     members: tuple[DenseTargets, ...]
-    pool: Callable[[Tensor], Tensor]
+    pool: Callable[[Streamed], Tensor]
     temperature: float = 1.0
 
     def __len__(self) -> int:
@@ -97,10 +97,17 @@ class PooledTargets:
         return PooledTargets(tuple(one[rows] for one in self.members), self.pool, self.temperature)
 
     def logits(self) -> Tensor:
-        """The pool's log-probabilities [T, V], which are logits of it, in float32 (float64 for float64 members)."""
-        members = [log_softmax(one.logits().to(torch.promote_types(one.hidden.dtype, torch.float32)), dim=-1) for one in self.members]
-        return self.pool(torch.stack(members)) / self.temperature
+        """The pool's log-probabilities [T, V], which are logits of it, in float32 (float64 for float64 members).
+
+        One member's logits exist at a time, beside the pool of those before it.
+        """
+        found = self.pool(Streamed(self.members, _log_probs))
+        return found if self.temperature == 1 else found / self.temperature
 
     def to(self, device: torch.device) -> "PooledTargets":
         """The same targets on ``device``."""
         return PooledTargets(tuple(one.to(device) for one in self.members), self.pool, self.temperature)
+
+
+def _log_probs(member: DenseTargets) -> Tensor:
+    return log_softmax(member.logits().to(torch.promote_types(member.hidden.dtype, torch.float32)), dim=-1)

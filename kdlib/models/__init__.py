@@ -2,7 +2,7 @@
 
 from kdlib.models.adapters import lora, merge
 from kdlib.models.counting import Operations, extent, operations, parameters_by_component, window_lengths
-from kdlib.models.loading import load_teacher, load_tokenizer
+from kdlib.models.loading import load, load_teacher, load_tokenizer
 from kdlib.models.parts import attention_mask, body, has_linear_head, head, precision
 from kdlib.models.saving import save
 from kdlib.models.shapes import Shape, build
@@ -16,6 +16,7 @@ __all__ = [
     "extent",
     "has_linear_head",
     "head",
+    "load",
     "load_teacher",
     "load_tokenizer",
     "lora",

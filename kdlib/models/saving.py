@@ -16,7 +16,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
     Args:
         folder: must not exist; its parent is made.
         card: content of README.md in plain Python values: each dict (data, settings, metrics, versions, …) becomes a
-            section, all else (license, base_model, …) its YAML front matter.
+            section, all else (license, base_model, …) its YAML front matter. How to load the model is added.
 
     Raises:
         KdlibError: the folder exists.
@@ -24,7 +24,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
     folder = Path(folder)
     if folder.exists():
         raise KdlibError(f"`folder` must be new, got {folder}, which exists already. Delete it or choose another name.")
-    readme = _readme(folder.name, card)
+    readme = _readme(folder.name, type(model), card)
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -38,7 +38,16 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
         raise
 
 
-def _readme(title: str, card: dict) -> str:
+USE = """{register}from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this one
+tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+prompt = tokenizer("It was", return_tensors="pt", return_token_type_ids=False)
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20)[0]))
+"""
+
+
+def _readme(title: str, kind: type[PreTrainedModel], card: dict) -> str:
     def listing(values: dict) -> str:
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
@@ -49,4 +58,7 @@ def _readme(title: str, card: dict) -> str:
         for name, value in card.items()
         if isinstance(value, dict)
     )
-    return f"---\n{listing(front)}---\n\n# {title}\n{''.join(sections)}"
+    # A type that is not transformers' own is known to it once its module is imported.
+    own = kind.__module__.startswith("transformers.")
+    use = USE.format(register="" if own else f"import {kind.__module__}  # so that transformers knows this type of model\n")
+    return f"---\n{listing(front)}---\n\n# {title}\n\n## Use\n\n```python\n{use}```\n{''.join(sections)}"

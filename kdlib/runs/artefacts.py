@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kdlib import models
 from kdlib.cache import TargetCache
@@ -15,6 +15,7 @@ from kdlib.data import corpus, vocabulary
 from kdlib.ensemble.model import EnsembleForCausalLM as EnsembleForCausalLM  # registered, so that ensembles load
 from kdlib.errors import KdlibError
 from kdlib.evaluation.metrics import evaluate
+from kdlib.runs.card import card
 from kdlib.runs.corpus import HELD_OUT
 from kdlib.study.plan import Step
 from kdlib.study.store import Run
@@ -53,10 +54,7 @@ def load_model(run: Run) -> torch.nn.Module:
             f"{run.id} holds results but no model, since models are not committed. Make it with: kdlib make {run.id} "
             f"--profile {run.path.parents[1].name} --with-artefact"
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
-    )
-    return model.to(device()).eval()
+    return models.load(folder, attention="eager").to(device()).eval()
 
 
 def open_targets(targets: Run, text: Run, split: corpus.Split, temperature: float) -> TargetCache:
@@ -91,13 +89,15 @@ def evaluate_into(folder: Path, model, data: Mapping[str, corpus.Split], length:
     return found.metrics | {"work": {"evaluation": found.work}}
 
 
-def save_model(model, tokenizer, folder: Path, step: Step, metrics: dict) -> None:
-    """Write the model with its card to ``folder/model``, and let go of what its training would have resumed from."""
+def save_model(model, tokenizer, folder: Path, step: Step, text: Run, metrics: dict) -> None:
+    """Write the model with its card to ``folder/model``, and let go of what its training would have resumed from.
+
+    ``text``: the corpus; the run's evaluation lies in ``folder`` already.
+    """
     # What an attempt that was killed after its training left behind.
     for rest in [folder / "model", *folder.glob(".model.*")]:
         shutil.rmtree(rest, ignore_errors=True)
-    shown = {name: metrics["evaluation"][name] for name in ("test", "ood")}
-    models.save(model, tokenizer, folder / "model", {"run": step.id, "settings": step.settings, "evaluation": shown})
+    models.save(model, tokenizer, folder / "model", card(step, text, folder, metrics, model.config))
     # Not before: a run that is killed while it evaluates has trained already.
     discard_checkpoints(folder)
 

@@ -140,7 +140,7 @@ def produce(step: Step, inputs: dict[str, Run], folder: Path) -> dict:
         metrics |= {"combine": combiner.metrics, "work": total(combiner.work, metrics["work"])}
     if values.calibrate:
         model.config.calibration_temperature = metrics["temperature"]
-    artefacts.save_model(model, artefacts.load_tokenizer(text), folder, step, metrics)
+    artefacts.save_model(model, artefacts.load_tokenizer(text), folder, step, text, metrics)
     return metrics
 
 

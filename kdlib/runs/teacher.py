@@ -97,7 +97,7 @@ def produce(step: Step, inputs: dict[str, Run], folder: Path) -> dict:
     metrics |= artefacts.evaluate_into(folder, model, data, block_length, values.precision)
     metrics |= {"training": training, "parameters": models.parameters_by_component(model)}
     metrics["work"] = total(*works, metrics["work"])
-    artefacts.save_model(model, tokenizer, folder, step, metrics)
+    artefacts.save_model(model, tokenizer, folder, step, inputs["corpus"], metrics)
     return metrics
 
 
