@@ -31,7 +31,7 @@ from kdlib.losses import DenseTargets, SparseTargets, fused, linear_distillation
 from kdlib.study import store
 from kdlib.study.parameters import TrainingParameters
 from kdlib.training import Collator, DistillationTrainer
-from kdlib.training.trainer import repeatable
+from kdlib.training.compiling import repeatable
 
 VOCABULARY, LENGTH = 8192, 256
 SAMPLED = Kind("sampled", draws=64)
