@@ -10,7 +10,7 @@ from test_training import cache_of, interrupted, logged, make_trainer, same, tra
 from tiny import BLOCK, die_at, exit_code, make_model, make_split
 
 from kdlib import models
-from kdlib.cache import TargetCache
+from kdlib.cache import Kind, ModelTeacher, TargetCache, write_targets
 from kdlib.ensemble.model import EnsembleForCausalLM
 from kdlib.errors import KdlibError
 from kdlib.evaluation.metrics import evaluate
@@ -159,22 +159,26 @@ def test_members_killed_while_they_train_end_with_the_weights_of_those_that_were
 
 
 @pytest.mark.parametrize("coupling", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("given", ["none", "online"])
+@pytest.mark.parametrize("given", ["none", "dense", "online"])
 def test_members_take_what_each_takes_alone_and_one_teacher(tmp_path, given, coupling):
     split, teacher = whole_windows(8), make_model(7, layers=2)
-    terms, taught = ([], None) if given == "none" else ([Distillation(0.5)], teacher)
+    if given == "dense":
+        write_targets(tmp_path / "targets", ModelTeacher(teacher), split, {}, Kind("dense"), block_length=BLOCK)
+    taught = {"none": None, "online": teacher}[given] if given != "dense" else TargetCache(tmp_path / "targets", {}, 1.0)
+    terms = [] if taught is None else [Distillation(0.5)]
     model = ensemble(unlike=True)
     objective = Objective(terms, taught, Coupling(coupling, "probability"))
     training, seen = in_training(tmp_path, model, split, objective=objective, kind=JointTrainer)
     counted, asked, work = models.operations(model), models.operations(teacher), training["work"]
     validations = [row for row in read_log(tmp_path / "log.csv") if row["validation_seconds"]]
-    square = masked(counted, 3 * 16) + len(validations) * masked(counted, 1) + (masked(asked, 16) if taught else 0)
+    square = masked(counted, 3 * 16) + len(validations) * masked(counted, 1) + (masked(asked, 16) if given == "online" else 0)
     assert sum(one["flops"] for one in work.values()) + square == seen
     extent = models.extent([BLOCK] * 16)
     assert work["train"]["flops"] == sum(
         models.operations(one).forward(*extent) + models.operations(one).backward(*extent) for one in model.members
     )
-    assert work["teacher_forward"]["flops"] == (asked.forward(*extent) if taught else 0)
+    once = {"none": 0, "dense": 16 * BLOCK * asked.head, "online": asked.forward(*extent)}
+    assert work["teacher_forward"]["flops"] == once[given]
     assert training["tokens"] == 2 * 8 * BLOCK
 
 
