@@ -39,6 +39,7 @@ def write(profile: str, sources: int = 12, seed: int = 0, grids: Sequence[str] =
             }
         }
         invented = {"corpus": _corpus, "targets": _targets, "scores": _scores, "clusters": _clusters, "fidelity": _fidelity}
+        invented["joint"] = _joint
         metrics |= invented.get(step.kind, _model)(step, documents, folder, rng)
         metrics["work"] = _work(step, metrics)
         store.write_json(folder / "settings.json", step.settings)
@@ -55,8 +56,8 @@ def _work(step, metrics) -> dict:
     if step.kind == "targets":
         return total({"teacher_forward": entry(metrics["flops"], metrics["tokens"] / metrics["tokens_per_second"])})
     measured = {"evaluation": entry(2e12, 20.0)} if "evaluation" in metrics else {}
-    if not (training := metrics.get("training")):
-        return total(measured)
+    if step.kind == "member" or not (training := metrics.get("training")):
+        return total(measured)  # of a member the run that trained it tells
     asked = {"teacher_forward": entry(training["teacher_flops"])} if "teacher_flops" in training else {}
     return total({"train": entry(training["flops"], training["seconds"])}, asked, measured)
 
@@ -127,10 +128,22 @@ def _targets(step, documents, folder, rng) -> dict:
     }
 
 
+def _joint(step, documents, folder, rng) -> dict:
+    one, count = _size(step, [], rng), len(step.parameters.seeds)
+    training = one["training"] | {"flops": count * one["training"]["flops"], "seconds": count * one["training"]["seconds"]}
+    return {"training": training, "parameters": {name: count * value for name, value in one["parameters"].items()}}
+
+
+def _settings(step):
+    """Those of a student, whether it was trained alone or with others."""
+    joint = step.inputs.get("joint", step)
+    return joint.parameters.members[0] if joint.kind == "joint" else step.parameters
+
+
 def _model(step, documents, folder, rng) -> dict:
-    values = step.parameters
+    values = _settings(step)
     members = [upstream for name, upstream in step.inputs.items() if name.startswith("member")]
-    trained = members[0].parameters if members else values
+    trained = _settings(members[0]) if members else values
     untrained = step.kind != "teacher" and trained.epochs == 0
     base = NLL[values.adaptation if step.kind == "teacher" else trained.objective] + _effect(trained)
     if untrained:
@@ -229,7 +242,8 @@ def _bins(accuracy, gap, tokens) -> dict:
 def _size(step, members, rng) -> dict:
     parts = {"embedding": 1_048_576, "attention": 200_000, "mlp": 400_000, "norms": 1_000, "head": 0}
     parts |= {"non_embedding": 601_000, "total": 1_649_576}
-    if step.kind == "teacher" or getattr(step.parameters, "initialisation", "") == "identical":
+    settings = _settings(step)
+    if step.kind == "teacher" or getattr(settings, "initialisation", "") == "identical":
         parts = {name: 60 * count for name, count in parts.items()}
     size = {"parameters": {name: count * max(1, len(members)) for name, count in parts.items()}}
     if members:
@@ -239,7 +253,7 @@ def _size(step, members, rng) -> dict:
             "training": None,
             "unpruned": {"test": {"bits_per_byte": 1.0, "nll": 3.0, "tokens": 1000, "bytes": 4000}},
         }
-    if step.parameters.epochs == 0:
+    if settings.epochs == 0:
         return size | {
             "training": {
                 "tokens": 0,
@@ -253,7 +267,7 @@ def _size(step, members, rng) -> dict:
             }
         }
     tokens = 100_000
-    loop = {"teacher_flops": 2.7e8 * tokens} if getattr(step.parameters, "objective", "") == "online_kd" else {}
+    loop = {"teacher_flops": 2.7e8 * tokens} if getattr(settings, "objective", "") == "online_kd" else {}
     return size | {
         "training": loop
         | {

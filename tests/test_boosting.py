@@ -51,7 +51,7 @@ def test_kl_is_to_the_targets_that_the_member_reads():
     [
         ({"mode": "weighted", "share": 0.1}, "share must be left out with mode=weighted, got 0.1"),
         ({"temperature": 2.0}, "temperature must be left out with mode=highest, got 2.0"),
-        ({"mode": "lowest"}, "must be among mode, share, temperature, got mode"),
+        ({"mode": "lowest"}, "must be among mode, share, temperature, pool, got mode"),
         ({"share": 1.0}, "share: .*less than 1"),
         ({"seeds": [1, 1]}, "seeds must be unique"),
         ({"student": {"text": "unigram", "objective": "ce"}}, "text of student must be left out"),
@@ -96,3 +96,66 @@ def test_a_weighted_member_is_trained_and_pooled(profile):
     options = {"mode": "weighted", "temperature": 0.5}
     run = make(profile, "05_ensemble", method="boosting", options=options, seeds=[1, 2], student={})
     assert run.metrics["members"] == sorted(one.id for one in members([1, 2], profile, **options))
+
+
+# Residuals
+
+
+def test_residual_members_are_beside_those_before_them():
+    plan, found = Planner("smoke"), members([1, 2, 3], mode="residual", pool="probability")
+    assert found[0].id == plan.student(seed=1).id
+    for number in (1, 2):
+        beside = {name: one.id for name, one in found[number].inputs.items() if name.startswith("beside")}
+        assert sorted(beside.values()) == sorted(one.id for one in found[:number])
+        assert found[number].settings["parameters"]["beside"] == {"coupling": 1.0, "pool": "probability"}
+        plain = plan.student(seed=number + 1).parameters
+        assert found[number].parameters.model_copy(update={"beside": None}) == plain
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "residual", "share": 0.1}, "share must be left out with mode=residual, got 0.1"),
+        ({"mode": "residual", "temperature": 1.0}, "temperature must be left out with mode=residual, got 1.0"),
+        ({"pool": "logit"}, "pool must be left out with mode=highest, got logit"),
+        ({"mode": "residual", "student": {"divergence": "jsd", "targets": {"kind": "dense"}}}, "beside must stand .* forward_kl, got jsd"),
+        ({"mode": "residual", "student": {"objective": "online_kd", "features": {"of": "relation"}}}, "beside must stand without features"),
+    ],
+)
+def test_what_has_no_residual_is_refused(options, message):
+    with pytest.raises(KdlibError, match=message):
+        members(**options)
+
+
+@pytest.mark.parametrize(
+    ("beside", "message"),
+    [
+        ({"runs": []}, "beside.runs: .*at least 1"),
+        ({"runs": [{"student": {}}, {"student": {"seed": 1}}]}, "`runs` of beside must be different runs, got 2, of which 1 differ"),
+        ({"runs": [{"ensemble": {}}]}, "`runs` of beside must be one model each, got ensemble of 2"),
+        ({"runs": [{"targets": {}}]}, "must leave model, got targets"),
+        ({"runs": [{"student": {}}], "coupling": 0.0}, "beside.coupling: .*greater than 0"),
+    ],
+)
+def test_what_a_student_cannot_be_beside_is_refused_in_the_plan(beside, message):
+    with pytest.raises(KdlibError, match=message):
+        Planner("smoke").student(seed=9, beside=beside)
+
+
+def test_the_order_of_what_a_student_is_beside_does_not_count():
+    plan, runs = Planner("smoke"), [{"student": {"seed": 3}}, {"student": {"seed": 4}}]
+    assert plan.student(beside={"runs": runs}).id == plan.student(beside={"runs": runs[::-1]}).id
+
+
+def test_residual_members_are_trained_in_one_pool_with_those_before_and_pay_for_their_passes(profile):
+    student = {"epochs": 3}
+    asked = {"method": "boosting", "options": {"mode": "residual"}, "seeds": [1, 2, 3], "student": student, "pool": "logit"}
+    run, planned = make(profile, "05_ensemble", **asked), members([1, 2, 3], profile, mode="residual", student=student)
+    assert run.metrics["members"] == sorted(one.id for one in planned)
+    found = [run.beside(one.id).metrics["work"]["train"]["flops"] for one in planned]
+    # Each one more pass, a third of what training the same student takes; an epoch's order says which rows no batch takes.
+    assert [found[1] - found[0], found[2] - found[1]] == pytest.approx([found[0] / 3] * 2, rel=0.02) and found[0] > 0
+    independent = make(profile, "05_ensemble", seeds=[1, 2, 3], student=student, pool="logit")
+    # Its members need not be good alone, and are not.
+    mean = [one.metrics["pool"]["validation"]["member_nll_mean"] for one in (run, independent)]
+    assert mean[0] > mean[1]

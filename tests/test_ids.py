@@ -12,6 +12,7 @@ from pydantic import Field
 
 from kdlib.data import text
 from kdlib.study import closure, design, plan, profiles, revisions, store
+from kdlib.study.beside import Beside
 from kdlib.study.features import Features
 from kdlib.study.kinds import kinds
 
@@ -24,6 +25,7 @@ FROZEN = {
     "clusters": {},
     "student": {
         "low_precision": "none",
+        "beside": None,
         "data_seed": None,
         "divergence": "forward_kl",
         "features": None,
@@ -32,6 +34,8 @@ FROZEN = {
         "stages": [],
         "text": "corpus",
     },
+    "joint": {},
+    "member": {},
     "ensemble": {"combine": None, "calibrate": False},
     "fidelity": {},
 }
@@ -114,6 +118,17 @@ OTHERS = {
         "learning_rate_multipliers": ({}, {"mlp": 0.5}),
         "stages": ({}, STAGES),
         "text": ({}, {"bagged": {"share": 0.5, "seed": 1}}),
+        "beside": ({}, {"runs": [{"student": {"objective": "ce"}}]}),
+    },
+    "joint": {
+        "student": ({}, {"kd_weight": 0.5}),
+        "seeds": ({}, [1, 3]),
+        "coupling": ({}, 0.25),
+        "pool": ({}, "probability"),
+    },
+    "member": {
+        "of": ({}, {"joint": {"coupling": 0.25}}),
+        "number": ({}, 2),
     },
     "ensemble": {
         "method": ({}, "bagging"),
@@ -141,6 +156,7 @@ FEATURES = {
     "relations": ({"of": "relation"}, ["value"]),
     "balance": ({"of": "relation"}, "norm"),
 }
+CE, SEVEN = {"student": {"objective": "ce"}}, {"student": {"objective": "ce", "seed": 7}}
 CHOSEN = {"mode": "highest", "measure": "nll", "share": 0.5}
 WAYS = {
     "corpus": {},
@@ -261,6 +277,13 @@ def test_every_setting_is_part_of_an_id_or_stands_among_those_that_are_not(kind,
         assert one.settings["inputs"] != other.settings["inputs"]
 
 
+@pytest.mark.parametrize(("name", "value"), [("runs", [SEVEN]), ("coupling", 0.5), ("pool", "probability")])
+def test_every_setting_of_what_a_student_is_beside_is_part_of_an_id(name, value):
+    given = {"runs": [CE], "coupling": 1.0, "pool": "logit"}
+    assert step("student", beside=given).id != step("student", beside=given | {name: value}).id
+    assert set(Beside.model_fields) == set(given)
+
+
 @pytest.mark.parametrize("name", Features.model_fields)
 def test_every_setting_of_features_is_part_of_an_id(name):
     base, value = FEATURES[name]
@@ -304,7 +327,6 @@ def test_what_a_run_does_not_read_is_no_part_of_its_id(kind, base):
 
 # Runs that are named
 
-CE, SEVEN = {"student": {"objective": "ce"}}, {"student": {"objective": "ce", "seed": 7}}
 IN_LOOP = {"objective": "online_kd"}
 NAMED = [
     # Settings with a reference, and where the run that it names is found among the inputs.
@@ -316,6 +338,8 @@ NAMED = [
     ("targets", lambda ref: {"teacher": ref}, lambda one: one.inputs["teacher"]),
     ("scores", lambda ref: {"scorer": ref}, lambda one: one.inputs["scorer"]),
     ("scores", lambda ref: {"scorer": ref, "measure": "kl"}, lambda one: one.inputs["scorer"]),
+    ("student", lambda ref: {"beside": {"runs": [ref]}}, lambda one: one.inputs["beside 1"]),
+    ("joint", lambda ref: {"student": {"teacher": ref}}, lambda one: one.inputs["targets"].inputs["teacher"]),
     ("ensemble", lambda ref: {"members": [ref]}, lambda one: one.inputs["member 1"]),
     ("fidelity", lambda ref: {"student": {"teacher": ref}}, lambda one: one.inputs["teacher"]),
 ]
@@ -457,7 +481,9 @@ def code(tmp_path, monkeypatch):
         ("evaluation/metrics.py", READS_MODELS),
         ("training/trainer.py", READS_MODELS),
         ("runs/artefacts.py", READS_MODELS),
-        ("runs/student.py", {"student", "fidelity"}),
+        ("losses/coupled.py", READS_MODELS),
+        ("runs/student.py", {"student", "joint"}),
+        ("runs/ingredients.py", {"student", "joint", "fidelity"}),
         ("runs/ensemble.py", {"ensemble"}),
         ("evaluation/fidelity.py", {"fidelity"}),
         ("methods/bagging.py", set()),

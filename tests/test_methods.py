@@ -29,7 +29,7 @@ def test_a_method_is_a_short_module_with_a_class_of_its_name_that_plans_a_member
         "members = found.members(Planner('smoke'))\n"
         "print(type(found).__name__, type(found).__module__, len(members), len({one.id for one in members}))\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
-        "assert {one.kind for one in members} == {'student'} and found.members.__doc__ and type(found).__doc__\n"
+        "assert {one.kind for one in members} in ({'student'}, {'member'}) and found.members.__doc__ and type(found).__doc__\n"
         "assert members == found.members(Planner('smoke'))\n"
     )
     told = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, encoding="utf-8")

@@ -129,7 +129,7 @@ def study(tmp_path_factory, one_thread):
         patch.setenv("KDLIB_HOME", str(home))
         assert main(["make", *(step.id for step in planned if step.id not in left), "--profile", "smoke"]) == 0
         # Students were made of these; once more, each in its notebook as the pipeline makes it.
-        again = {step.kind: step.id for step in planned if step.kind in ("scores", "clusters")}.values()
+        again = {step.kind: step.id for step in planned if step.kind in ("scores", "clusters", "joint", "member")}.values()
         for one in again:
             shutil.rmtree(results / "runs" / one)
         assert main(["make", *again, "--profile", "smoke", "--notebooks"]) == 0

@@ -48,7 +48,8 @@ def test_the_smoke_study_is_the_comparison_it_asks_for():
     wanted = {"corpus", "teacher scratch", "targets sampled", "scores by kl", "2 clusters"}
     wanted |= {f"student {objective} seed {seed}" for objective in ("ce", "kd", "untrained") for seed in (1, 2)}
     wanted |= {f"{name} ensemble 1, {pool} pool" for name in ("CE", "KD") for pool in ("probability", "logit")}
-    wanted |= {"untrained ensemble 1, probability pool"}
+    wanted |= {"untrained ensemble 1, probability pool", "2 students together, coupling 0.25, logit pool"}
+    wanted |= {f"member {number} of students trained together" for number in (1, 2)}
     methods = profiles.load("smoke").study.methods
     assert labels == wanted | {f"{name} 1, {pool} pool" for name in methods for pool in ("probability", "logit")}
 

@@ -287,6 +287,6 @@ def test_every_parameter_has_a_meaning():
 def test_meanings_say_whose_precision_it_is():
     fields = {name: kind.Parameters.model_fields for name, kind in kinds().items()}
     meanings = {name: found["precision"].description for name, found in fields.items() if "precision" in found}
-    assert set(fields) - set(meanings) == {"corpus", "clusters"}
+    assert set(fields) - set(meanings) == {"corpus", "clusters", "joint", "member"}
     assert meanings["fidelity"] == meanings["targets"] == "autocast of the teacher's forward pass"
     assert meanings["scores"] == "autocast of the scorer's forward pass"

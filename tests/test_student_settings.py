@@ -19,8 +19,7 @@ from kdlib.evaluation import fidelity
 from kdlib.losses.divergences import DIVERGENCES
 from kdlib.losses.features import FeatureLoss
 from kdlib.models import initialisation
-from kdlib.runs import artefacts
-from kdlib.runs import student as producer
+from kdlib.runs import artefacts, ingredients
 from kdlib.runs.make import make as make_run
 from kdlib.study import divergences, plan, profiles
 from kdlib.study.schedules import Schedule, Stage
@@ -356,12 +355,12 @@ def test_a_feature_loss_is_that_of_the_settings(features, pairs, compared):
     settings = features | {"weight": 3.0, "balance": "norm"}
     values = profiles.parameters("04_student", "smoke", objective="online_kd", features=settings)
     teacher = make_model(1, layers=4)
-    found = producer._objective(values, {}, None, make_model(0, layers=2), teacher)
+    found = ingredients.objective_of(values, {}, None, make_model(0, layers=2), teacher)
     assert found.teacher is teacher and (found.features.weight, found.features.balance) == (3.0, "norm")
     loss = found.features.loss
     assert (loss.objective, loss.pairs, loss.features) == (features["of"], pairs, compared)
     plain = profiles.parameters("04_student", "smoke", objective="online_kd")
-    assert producer._objective(plain, {}, None, make_model(0, layers=2), teacher).features is None
+    assert ingredients.objective_of(plain, {}, None, make_model(0, layers=2), teacher).features is None
 
 
 def test_students_whose_attention_maps_are_compared_compute_them(profile, monkeypatch):

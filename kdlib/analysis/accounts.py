@@ -193,10 +193,16 @@ def _work(row: pd.Series) -> dict:
     names = ("tokens", "seconds")
     if None in training:
         return dict.fromkeys((*names, "flops", "peak_memory_bytes"), np.nan)
-    summed = {name: sum(part[name] for part in training) for name in names} | {"flops": sum(map(_making, parts))}
+    summed = {name: sum(part[name] for part in training) for name in names} | {"flops": sum(map(_making, _trained_in(parts)))}
     # The cost is that of the last process; one that was killed may have taken more while it trained.
     peaks = [max(_peak(part.metrics["cost"]), part.metrics["training"].get("peak_memory_bytes", 0)) for part in parts]
     return summed | {"peak_memory_bytes": max(peaks)}
+
+
+def _trained_in(parts: list[store.Run]) -> list[store.Run]:
+    """The runs that did the work: of members that were trained together their run as well, once."""
+    together = {part.settings["inputs"]["joint"]: part for part in parts if part.kind == "member"}
+    return parts + [part.beside(one) for one, part in together.items()]
 
 
 def _making(run: store.Run) -> float:

@@ -139,8 +139,9 @@ def _by_way(found: Found) -> pd.DataFrame:
 
 def domains(axis: Axes, found: Found) -> None:
     """Test loss minus the reference's in each domain, a column each; blue is better, orange worse."""
-    rows = [{"cell": row.cell} | {name: one["nll"] for name, one in row.run.metrics["domains"]["test"].items()} for row in found.students.itertuples()]
-    table = pd.DataFrame(rows).groupby("cell", sort=False).mean()
+    rows = [(row.cell, row.run.metrics["domains"]["test"]) for row in found.students.itertuples()]
+    table = pd.DataFrame([{"cell": cell} | {name: one["nll"] for name, one in parts.items()} for cell, parts in rows])
+    table = table.groupby("cell", sort=False).mean()
     table = (table - table.loc[found.reference]).loc[[found.reference, *found.differences.a.unique()]]
     limit = table.abs().max(axis=None) or 1.0
     axis.imshow(table, cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto", alpha=0.7)

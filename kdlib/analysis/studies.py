@@ -28,8 +28,8 @@ def models(profile: str, grid: str) -> pd.DataFrame:
     - of students tokens, seconds, tokens_per_second and flops of their training (the student's passes, and those of a teacher in
       the loop); target_flops: what the teacher computed for the targets that the run read, which all their students share (0 where
       it read none). What a teacher computed to write text or to choose it is in neither;
-    - of ensembles way (how they are combined, in words), size (members), tokens (trained on, all members'), flops (:func:`kdlib.analysis.ledger.making`), member_nll (their
-      mean on test text, or the only one's) and ambiguity.
+    - of ensembles way (how they are combined, in words), size (members), tokens (trained on, all members'), flops
+      (:func:`kdlib.analysis.ledger.making`), member_nll (their mean on test text, or the only one's) and ambiguity.
 
     Further ones are those that the grid's description asks for (:mod:`kdlib.analysis.grids`): settings, NaN where a student
     has none of its own, and share, the student's accuracy divided by its teacher's.

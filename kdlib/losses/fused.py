@@ -4,7 +4,7 @@ The loss is a sum over tokens, and its gradient with respect to the logits z = h
 chunk of tokens, the forward pass
 
 1. computes the logits [C, V] into a buffer,
-2. overwrites them by G in place (:func:`_forward_kl`, or :func:`_by_autograd` for other divergences),
+2. overwrites them by G in place (:func:`forward_kl_`, or :func:`_by_autograd` for other divergences),
 3. multiplies G by W for the gradient of the hidden states, [C, D], and adds G^T h to that of W, [V, D],
 
 and reuses the buffer for the next chunk. The loss is a scalar, so by the chain rule the backward pass only multiplies these
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kdlib.errors import KdlibError
 from kdlib.losses.divergences import DIVERGENCES, divergence_loss
-from kdlib.losses.logits import head_logits
+from kdlib.losses.logits import Head
 from kdlib.losses.reference import IGNORED
 from kdlib.losses.targets import DenseTargets, PooledTargets, SparseTargets
 
@@ -89,6 +89,34 @@ def linear_distillation_loss(
             weight without targets, an unknown divergence or option, invalid token weights, or any token weights with a
             divergence on groups of tokens, where a token's loss depends on the others in its group.
     """
+    require_same_rows(hidden, labels, targets, token_weights)
+    tokens, chosen = choose(labels, targets, kd_weight, temperature, token_weights, divergence)
+    targets = chosen.targets
+    if chunk_tokens is None:
+        chunk_tokens = max(1, CHUNK_ELEMENTS.get(hidden.device.type, 2**24) // weight.shape[0])
+    scale = 1.0 / (normaliser if normaliser is not None else max(1, tokens))
+    dtype = matmul_dtype or hidden.dtype
+    options, defaults = options or {}, _defaults(divergence)
+    if not options.keys() <= defaults.keys():
+        raise KdlibError(
+            f"`options` of {divergence} must be among {', '.join(defaults) or 'none'}, got {', '.join(options)}."
+        )
+    if divergence == "forward_kl" or targets is None:
+        term = partial(forward_kl_, temperature=temperature, softmax_=softmax_of(compiled))
+    else:
+        # Chunks are whole groups, for losses on groups of tokens.
+        group = max(1, int((defaults | options).get("group", 1)))
+        chunk_tokens = max(group, chunk_tokens // group * group)
+        term = partial(_by_autograd, temperature=temperature, divergence=divergence, options=options)
+    if not torch.is_grad_enabled():
+        # Otherwise parameters would still request their gradients, a third matrix product of the size of the logits.
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+    loss, ce, kd = _LinearDistillation.apply(hidden, weight, bias, *chosen, kd_weight, scale, dtype, chunk_tokens, term)
+    return LossParts(loss, ce, kd if targets is not None else None, tokens)
+
+
+def require_same_rows(hidden: Tensor, labels: Tensor, targets, token_weights: Tensor | None) -> None:
+    """Refuse hidden states that are not [T, D], or that another number of labels, targets or weights goes with."""
     found = {"hidden": len(hidden), "labels": len(labels)}
     if targets is not None:
         found["targets"] = len(targets)
@@ -99,6 +127,19 @@ def linear_distillation_loss(
             f"`hidden` [T, D], `labels`, `targets` and `token_weights` must have the same rows, got "
             f"{found} and hidden of shape {tuple(hidden.shape)}. Flatten a batch [B, T, D] first."
         )
+
+
+class Chosen(NamedTuple):
+    """The tokens that a loss sums over: their ``rows``, ``labels``, ``targets`` and ``weights``, the last two None if there are none."""
+
+    rows: Tensor
+    labels: Tensor
+    targets: SparseTargets | DenseTargets | PooledTargets | None
+    weights: Tensor | None
+
+
+def choose(labels, targets, kd_weight: float, temperature: float, token_weights, divergence: str = "forward_kl") -> tuple[int, Chosen]:
+    """How many tokens have a label, and those that a loss is computed of; arguments as of :func:`linear_distillation_loss`."""
     if not temperature > 0:
         raise KdlibError(f"`temperature` must be above 0, got {temperature}.")
     if not 0 <= kd_weight <= 1 or (kd_weight > 0 and targets is None):
@@ -118,33 +159,8 @@ def linear_distillation_loss(
         # Tokens of weight 0 need not be computed, and 0 * inf would be NaN.
         rows = rows[token_weights[rows] > 0]
         token_weights = token_weights[rows]
-    if kd_weight == 0:
-        targets = None
-    elif targets is not None:
-        targets = targets[rows]
-    if chunk_tokens is None:
-        chunk_tokens = max(1, CHUNK_ELEMENTS.get(hidden.device.type, 2**24) // weight.shape[0])
-    scale = 1.0 / (normaliser if normaliser is not None else max(1, tokens))
-    dtype = matmul_dtype or hidden.dtype
-    options, defaults = options or {}, _defaults(divergence)
-    if not options.keys() <= defaults.keys():
-        raise KdlibError(
-            f"`options` of {divergence} must be among {', '.join(defaults) or 'none'}, got {', '.join(options)}."
-        )
-    if divergence == "forward_kl" or targets is None:
-        term = partial(_forward_kl, temperature=temperature, softmax_=_compiled_softmax_() if compiled else _softmax_)
-    else:
-        # Chunks are whole groups, for losses on groups of tokens.
-        group = max(1, int((defaults | options).get("group", 1)))
-        chunk_tokens = max(group, chunk_tokens // group * group)
-        term = partial(_by_autograd, temperature=temperature, divergence=divergence, options=options)
-    if not torch.is_grad_enabled():
-        # Otherwise parameters would still request their gradients, a third matrix product of the size of the logits.
-        weight, bias = weight.detach(), None if bias is None else bias.detach()
-    loss, ce, kd = _LinearDistillation.apply(
-        hidden, weight, bias, rows, labels[rows], targets, token_weights, kd_weight, scale, dtype, chunk_tokens, term
-    )
-    return LossParts(loss, ce, kd if targets is not None else None, tokens)
+    targets = None if kd_weight == 0 or targets is None else targets[rows]
+    return tokens, Chosen(rows, labels[rows], targets, token_weights)
 
 
 def _check_token_weights(token_weights: Tensor, divergence: str) -> None:
@@ -176,66 +192,56 @@ class _LinearDistillation(torch.autograd.Function):
         # `tokens` are the rows of hidden that have a label. They are selected here rather than by the caller, where autograd
         # would scatter the gradient back with atomic additions.
         exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        w = weight.to(dtype)
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device) if wants_weight else None
-        grad_bias = torch.zeros(bias.shape, dtype=exact, device=weight.device) if wants_bias else None
+        head = Head(hidden, weight, bias, ctx.needs_input_grad[:3], dtype)
         ce = torch.zeros((), dtype=exact, device=hidden.device)
         kd = torch.zeros((), dtype=exact, device=hidden.device)
         # One buffer for all chunks: allocating fresh pages for each would cost as much as the exponentials. `exact` is the dtype
         # of softmax and sums, `dtype` that of the matrix products, so logits and gradient exist in both if they differ.
-        size = (min(chunk_tokens, len(labels)), len(w))
+        size = (min(chunk_tokens, len(labels)), len(weight))
         exact_buffer = torch.empty(size, dtype=exact, device=hidden.device)
         low_buffer = exact_buffer if dtype == exact else torch.empty(size, dtype=dtype, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(labels), chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
-                h = hidden[tokens[rows]].to(dtype)
-                low, logits = low_buffer[: len(h)], exact_buffer[: len(h)]
-                head_logits(h, w, bias, logits, low)
+                found = labels[rows, None]
+                low = low_buffer[: len(found)]
+                logits = head.logits(tokens[rows], exact_buffer[: len(found)], low)
                 part = None if targets is None else targets[rows]
                 # From here on grad = dL/dz of this chunk, in the memory of its logits, without `scale`, which backward applies.
-                grad, chunk_ce, chunk_kd = term(logits, labels[rows, None], part, kd_weight)
+                grad, chunk_ce, chunk_kd = term(logits, found, part, kd_weight)
                 if token_weights is not None:
                     each = token_weights[rows].to(exact)
                     grad.mul_(each[:, None])
                     chunk_ce, chunk_kd = chunk_ce * each, chunk_kd * each
                 ce += chunk_ce.sum()
                 kd += chunk_kd.sum()
-                if wants_bias:
-                    grad_bias += grad.sum(0)
-                g = grad if dtype == exact else low.copy_(grad)
-                if wants_hidden:
-                    grad_hidden[tokens[rows]] = (g @ w).to(hidden.dtype)
-                if wants_weight:
-                    # addmm_ accumulates without a second [V, D] buffer; half-precision products are added in float32.
-                    if dtype == exact:
-                        grad_weight.addmm_(g.T, h)
-                    else:
-                        grad_weight += g.T @ h
+                head.add(grad, low)
         ctx.scale = scale
-        ctx.save_for_backward(
-            grad_hidden,
-            grad_weight if grad_weight is None else grad_weight.to(weight.dtype),
-            grad_bias if grad_bias is None else grad_bias.to(bias.dtype),
-        )
+        ctx.save_for_backward(*head.gradients())
         loss = ((1 - kd_weight) * ce + kd_weight * kd if targets is not None else ce) * scale
         ctx.mark_non_differentiable(ce, kd)
         return loss, ce, kd
 
     @staticmethod
     def backward(ctx, grad_loss, _ce, _kd):
-        # Not once_differentiable: a penalty on these gradients would then be treated as a constant, without an error.
-        if torch.is_grad_enabled():
-            raise KdlibError(
-                "`create_graph` must be False for the fused loss, which has no second derivative. Use the dense definitions in "
-                "kdlib.losses.reference."
-            )
-        # L = scale * sum of token losses, so dL/dx = grad_loss * scale * (the stored sum); None for the other 9 arguments.
-        return *(None if g is None else g * (grad_loss * ctx.scale).to(g.dtype) for g in ctx.saved_tensors), *(
-            None,
-        ) * 9
+        # None for the other 9 arguments.
+        return *stored_gradients(ctx, grad_loss), *(None,) * 9
+
+
+def stored_gradients(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients that a fused loss stored when it was computed.
+
+    Raises:
+        KdlibError: gradients of these are asked for.
+    """
+    # Not once_differentiable: a penalty on these gradients would then be treated as a constant, without an error.
+    if torch.is_grad_enabled():
+        raise KdlibError(
+            "`create_graph` must be False for the fused loss, which has no second derivative. Use the dense definitions in "
+            "kdlib.losses.reference."
+        )
+    # L = scale * sum of token losses, so dL/dx = grad_loss * scale * (the stored sum).
+    return tuple(None if g is None else g * (grad_loss * ctx.scale).to(g.dtype) for g in ctx.saved_tensors)
 
 
 def _softmax_(logits: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,7 +264,12 @@ def _compiled_softmax_():
     return torch.compile(_softmax_, dynamic=True)
 
 
-def _forward_kl(
+def softmax_of(compiled: bool):
+    """What overwrites logits by their softmax, as the functions below take it."""
+    return _compiled_softmax_() if compiled else _softmax_
+
+
+def forward_kl_(
     logits: Tensor, label: Tensor, targets, kd_weight: float, temperature: float, softmax_
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Overwrite ``logits`` [C, V] by the gradient of each token's loss, and return it with each token's CE and KD [C].
@@ -269,40 +280,47 @@ def _forward_kl(
         label: [C, 1].
     """
     if targets is None:
-        return *_cross_entropy(logits, label, 1.0, softmax_), logits.new_zeros(len(logits))
+        return *cross_entropy_(logits, label, 1.0, softmax_), logits.new_zeros(len(logits))
     # tau, not tau^2: the derivative of z / tau cancels one factor.
     step, ce_weight = kd_weight * temperature, 1 - kd_weight
-    pull = _pull_sparse if isinstance(targets, SparseTargets) else _pull_dense
     if temperature == 1:
         # Both terms contain the same softmax: w (s - t) + (1 - w) (s - onehot) = s - w t - (1 - w) onehot, one pass.
-        log_s, kd = pull(logits, label, targets, temperature, step, ce_weight, softmax_)
+        log_s, kd = pull_(logits, label, targets, temperature, step, ce_weight, softmax_)
         return logits.scatter_add_(1, label, logits.new_full(label.shape, -ce_weight)), -log_s, kd
     tempered = logits / temperature
-    grad, ce = _cross_entropy(logits, label, ce_weight, softmax_)
-    _, kd = pull(tempered, label, targets, temperature, step, 0.0, softmax_)
+    grad, ce = cross_entropy_(logits, label, ce_weight, softmax_)
+    _, kd = pull_(tempered, label, targets, temperature, step, 0.0, softmax_)
     return grad.add_(tempered), ce, temperature**2 * kd
 
 
 def _by_autograd(
     logits: Tensor, label: Tensor, targets, kd_weight: float, temperature: float, divergence: str, options: dict
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`_forward_kl`, for any divergence."""
+    """As :func:`forward_kl_`, for any divergence."""
     if isinstance(targets, DenseTargets | PooledTargets):
         targets = targets.logits()
     leaf = logits.clone().requires_grad_()
     with torch.enable_grad():
         kd = divergence_loss(divergence, leaf, targets, temperature, **options)
         (pull,) = torch.autograd.grad(kd.sum(), leaf)
-    grad, ce = _cross_entropy(logits, label, 1 - kd_weight, _softmax_)
+    grad, ce = cross_entropy_(logits, label, 1 - kd_weight, _softmax_)
     return grad.add_(pull, alpha=kd_weight), ce, kd.detach()
 
 
-def _cross_entropy(logits: Tensor, label: Tensor, weight: float, softmax_) -> tuple[Tensor, Tensor]:
+def cross_entropy_(logits: Tensor, label: Tensor, weight: float, softmax_) -> tuple[Tensor, Tensor]:
     """Overwrite ``logits`` by weight * (s - onehot(label)); returns it and the cross-entropy [C]."""
     picked = logits.gather(1, label)
     largest, log_sum = softmax_(logits, logits.new_full(label.shape, weight))
     ce = -(picked - largest - log_sum).squeeze(1)
     return logits.scatter_add_(1, label, logits.new_full(label.shape, -weight)), ce
+
+
+def pull_(
+    logits: Tensor, label: Tensor, targets, temperature: float, step: float, shared: float, softmax_
+) -> tuple[Tensor, Tensor]:
+    """Overwrite ``logits``, already divided by the temperature, by (step + shared) * s - step * t; returns log s(label) and the KL, [C]."""
+    pull = _pull_sparse if isinstance(targets, SparseTargets) else _pull_dense
+    return pull(logits, label, targets, temperature, step, shared, softmax_)
 
 
 def _pull_sparse(

@@ -1,4 +1,8 @@
-"""Logits in float32, of student and teacher alike, where the device can without rounding them to half precision first."""
+"""Logits in float32, of student and teacher alike, where the device can without rounding them to half precision first.
+
+:class:`Head` computes them chunk by chunk, and sums up the gradients of what they were made from; :class:`Streamed` holds those of
+one member of a pool at a time.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -54,3 +58,45 @@ def head_logits(
     else:
         out.copy_(torch.mm(hidden, weight.T, out=low))
     return out if bias is None else out.add_(bias)
+
+
+class Head:
+    """Logits of chunks of tokens, hidden @ weight.T + bias, and the gradients of these three, summed over chunks.
+
+    Args:
+        hidden: [T, D]; weight: [V, D]; bias: [V] or None.
+        wanted: whether each of the three has a gradient.
+        dtype: of the matrix products.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Sequence[bool], dtype: torch.dtype):
+        exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        self.hidden, self.weight, self.bias = hidden, weight.to(dtype), bias
+        self._dtypes = [None if one is None else one.dtype for one in (hidden, weight, bias)]
+        self.grad_hidden = torch.zeros_like(hidden) if wanted[0] else None
+        self.grad_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device) if wanted[1] else None
+        self.grad_bias = torch.zeros(bias.shape, dtype=exact, device=weight.device) if wanted[2] else None
+
+    def logits(self, rows: Tensor, out: Tensor, low: Tensor) -> Tensor:
+        """Logits of the tokens ``rows``, in ``out``; ``low`` as of :func:`head_logits`."""
+        self._rows, self._chunk = rows, self.hidden[rows].to(self.weight.dtype)
+        return head_logits(self._chunk, self.weight, self.bias, out, low)
+
+    def add(self, grad: Tensor, low: Tensor) -> None:
+        """Take in the loss's gradient with respect to the logits last given; overwrites ``low`` if it is of another dtype."""
+        if self.grad_bias is not None:
+            self.grad_bias += grad.sum(0)
+        g = grad if grad.dtype == self.weight.dtype else low.copy_(grad)
+        if self.grad_hidden is not None:
+            self.grad_hidden[self._rows] = (g @ self.weight).to(self.hidden.dtype)
+        if self.grad_weight is not None:
+            # addmm_ accumulates without a second [V, D] buffer; half-precision products are added in float32.
+            if g is grad:
+                self.grad_weight.addmm_(g.T, self._chunk)
+            else:
+                self.grad_weight += g.T @ self._chunk
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """Of hidden states, weight and bias, each of its dtype; None where none was wanted."""
+        found = (self.grad_hidden, self.grad_weight, self.grad_bias)
+        return tuple(None if one is None else one.to(dtype) for one, dtype in zip(found, self._dtypes, strict=True))

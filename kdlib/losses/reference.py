@@ -1,5 +1,7 @@
 """The losses as their formulas, on dense logits: short enough to check by eye, and what the fused forms must equal."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -92,6 +94,36 @@ def distillation_loss(
     ce = cross_entropy(student_logits, labels)
     # A weight of zero leaves cross-entropy bit for bit, whatever the teacher holds.
     return ce if kd_weight == 0 else kd_weight * kd[valid].mean() + (1 - kd_weight) * ce
+
+
+def pooled_logits(logits: Tensor, pool: str, temperature: float = 1.0) -> Tensor:
+    """z [T, V] with softmax(z / tau) the pool of the members' softmax(z_k / tau): their mean (probability), or that of logits (logit).
+
+    Args:
+        logits: of the members, [K, T, V].
+    """
+    logits = _full(logits)
+    if pool == "logit":
+        return logits.mean(0)
+    log_p = F.log_softmax(logits / temperature, dim=-1)
+    return temperature * (log_p.logsumexp(0) - math.log(len(logits)))
+
+
+def coupled_loss(
+    logits: Tensor,
+    teacher: Tensor | SparseTargets,
+    labels: Tensor,
+    kd_weight: float,
+    temperature: float = 1.0,
+    coupling: float = 0.0,
+    pool: str = "logit",
+) -> Tensor:
+    """sum_k (1 - lambda) * L_k + lambda * K * L_q for members' logits [K, T, V], see :mod:`kdlib.losses.coupled`."""
+    valid, q = labels != IGNORED, pooled_logits(logits, pool, temperature)
+    own = sum(distillation_loss(one, teacher, labels, kd_weight, temperature) for one in logits)
+    kd = sparse_kl(q, teacher) if isinstance(teacher, SparseTargets) else forward_kl(q, teacher, temperature)
+    ce = cross_entropy(pooled_logits(logits, pool), labels)
+    return (1 - coupling) * own + coupling * len(logits) * (kd_weight * kd[valid].mean() + (1 - kd_weight) * ce)
 
 
 def _full(logits: Tensor) -> Tensor:

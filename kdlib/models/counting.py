@@ -31,8 +31,11 @@ def parameters_by_component(model: PreTrainedModel | PeftModel) -> dict[str, int
     """Parameters in embedding (tokens and positions), attention, mlp, norms, head and other; non_embedding and total.
 
     A weight tied to the input embedding counts there and not in the head. ``non_embedding`` leaves out embedding and
-    head, as N of Kaplan et al. 2020. All experts of a mixture count, for this is what is stored.
+    head, as N of Kaplan et al. 2020. All experts of a mixture count, for this is what is stored; of an ensemble all members.
     """
+    if members := getattr(plain_model(model), "members", None):
+        found = [parameters_by_component(one) for one in members]
+        return {name: sum(one[name] for one in found) for name in found[0]}
     counts = dict.fromkeys(("embedding", "attention", "mlp", "norms", "head", "other"), 0)
     for _, component, parameter in _components(model):
         counts[component] += parameter.numel()

@@ -42,13 +42,16 @@ def load_tokenizer(run: Run) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(run.path / ("data/tokenizer" if run.kind == "corpus" else "model"))
 
 
-def load_model(run: Run) -> torch.nn.Module:
-    """The model a teacher, student or ensemble run saved, in float32 and eval mode, on the GPU if there is one.
+def load_model(run: Run, name: str = "model") -> torch.nn.Module:
+    """The model a run saved, in float32 and eval mode, on the GPU if there is one.
+
+    Args:
+        name: of its folder, such as ``members/1`` of members that were trained together.
 
     Raises:
         KdlibError: the run holds results only; models are not committed and must be made here.
     """
-    folder = run.path / "model"
+    folder = run.path / name
     if not folder.is_dir():
         raise KdlibError(
             f"{run.id} holds results but no model, since models are not committed. Make it with: kdlib make {run.id} "

@@ -56,7 +56,7 @@ def produce(step: Step, inputs: dict[str, Run], folder: Path) -> dict:
     from kdlib.data import corpus
     from kdlib.evaluation import fidelity
     from kdlib.runs import artefacts
-    from kdlib.runs.student import untrained
+    from kdlib.runs.ingredients import untrained
 
     values, settings, text = step.parameters, step.inputs["student"].parameters, inputs["corpus"]
     data, block_length = artefacts.splits(text), artefacts.block_length(text)

@@ -1,8 +1,6 @@
 """Student: one small model, from text, from cached targets or from a teacher in the loop."""
 
 import re
-import time
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -12,13 +10,14 @@ from kdlib.data import text
 from kdlib.data.text import Text
 from kdlib.errors import KdlibError
 from kdlib.study import parameters
+from kdlib.study.beside import Beside
 from kdlib.study.divergences import GROUPED, Divergence, as_pair, refuse_unserved
 from kdlib.study.features import Features
 from kdlib.study.plan import Planner, Step
 from kdlib.study.refs import Ref
 from kdlib.study.schedules import Schedule, Stage, require_between, scheduled, stage_ends
 from kdlib.study.store import Run
-from kdlib.study.work import entry, total
+from kdlib.study.work import total
 
 NOTEBOOK, LEAVES = "04_student", "model"
 # Settings that an objective refuses.
@@ -31,6 +30,7 @@ class Parameters(parameters.TrainingParameters):
     # Runs that are named count by their ids.
     UNREAD: ClassVar = parameters.TrainingParameters.UNREAD | {"teacher", "targets", "fresh_draws", "start"}
     ABSENT: ClassVar = parameters.TrainingParameters.ABSENT | {
+        "beside": None,
         "data_seed": None,
         "divergence": "forward_kl",
         "features": None,
@@ -93,6 +93,10 @@ class Parameters(parameters.TrainingParameters):
         "{…}}",
     )
 
+    beside: Beside | None = Field(
+        None, description="{runs: […], pool: logit}: models that are pooled with the student in its loss, and stay as they are"
+    )
+
     @model_validator(mode="after")
     def _heads_divide_width(self):
         if self.hidden_size % (2 * self.heads):
@@ -150,6 +154,13 @@ class Parameters(parameters.TrainingParameters):
         return self
 
     @model_validator(mode="after")
+    def _a_pool_has_a_loss_of_its_own(self):
+        if self.beside is not None and (self.features or self.divergence != "forward_kl"):
+            found = "features" if self.features else self.divergence
+            raise ValueError(f"beside must stand without features and with divergence forward_kl, got {found}")
+        return self
+
+    @model_validator(mode="after")
     def _stages_stand_alone(self):
         if not self.stages:
             return self
@@ -199,6 +210,8 @@ class Parameters(parameters.TrainingParameters):
                 part["learning_rate_multipliers"] = [list(pair) for pair in multipliers.items()]
         if "text" in values:
             values["text"] = text.identity(self.text)
+        if self.beside is not None:
+            values["beside"] = self.beside.identity()
         if self.features and self.features.of != "relation":
             values["features"].pop("relations")
         return values
@@ -229,7 +242,7 @@ class Parameters(parameters.TrainingParameters):
 
 
 def inputs(values: Parameters, plan: Planner) -> dict[str, Step]:
-    """The corpus, what it begins with, the teacher or its targets, and what its text is chosen by."""
+    """The corpus, what it begins with, the teacher or its targets, what it is pooled with, and what its text is chosen by."""
     found = {"corpus": plan.corpus()}
     if values.start is not None:
         found["start"] = _start(values, plan)
@@ -237,6 +250,8 @@ def inputs(values: Parameters, plan: Planner) -> dict[str, Step]:
         found["teacher"] = _teacher(values, plan)
     if values.objective == "kd":
         found["targets"] = values.targets_step(plan)
+    if values.beside is not None:
+        found |= values.beside.inputs(plan)
     return found | text.way(values.text).inputs(values, plan)
 
 
@@ -276,24 +291,15 @@ def label(values: Parameters) -> str:
 def produce(step: Step, inputs: dict[str, Run], folder: Path) -> dict:
     """Build, train, evaluate and save the student."""
     from kdlib import models
-    from kdlib.models import initialisation
-    from kdlib.runs import artefacts
+    from kdlib.runs import artefacts, ingredients
     from kdlib.training import train_model
 
     values, corpus = step.parameters, inputs["corpus"]
     tokenizer, block_length = artefacts.load_tokenizer(corpus), artefacts.block_length(corpus)
-    data, model = artefacts.splits(corpus), untrained(values, tokenizer, block_length)
-    teacher = None
-    if "start" in inputs:
-        artefacts.require_same_vocabulary(inputs["start"], corpus)
-        model = initialisation.continued(model, artefacts.load_model(inputs["start"]))
-    if "teacher" in inputs:
-        artefacts.require_same_vocabulary(inputs["teacher"], corpus)
-        teacher = artefacts.load_model(inputs["teacher"])
-        model = initialisation.initialise(model, teacher, values.initialisation)
-    if values.noise:
-        model = initialisation.perturb(model, values.noise, values.seed)
-    chosen, generation = _text(values, inputs, data["train"], tokenizer, block_length)
+    data, teacher = artefacts.splits(corpus), ingredients.load_teacher(inputs)
+    model = ingredients.initial(values, inputs, tokenizer, block_length, teacher)
+    coupling = ingredients.beside(values, inputs)
+    chosen, generation = ingredients.chosen_text(values, inputs, data["train"], tokenizer, block_length)
     training = train_model(
         model,
         values,
@@ -301,7 +307,7 @@ def produce(step: Step, inputs: dict[str, Run], folder: Path) -> dict:
         data["validation"],
         block_length,
         folder,
-        objective=_objective(values, inputs, data["train"], model, teacher),
+        objective=ingredients.objective_of(values, inputs, data["train"], model, teacher, coupling),
         stages=values.stages,
         multipliers=values.learning_rate_multipliers,
     )
@@ -313,49 +319,3 @@ def produce(step: Step, inputs: dict[str, Run], folder: Path) -> dict:
     metrics["work"] = total(work, generation, metrics["work"])
     artefacts.save_model(model, tokenizer, folder, step, corpus, metrics)
     return metrics
-
-
-def _text(values: Parameters, inputs: dict[str, Run], train, tokenizer, block_length: int):
-    """What it trains on, and the work of writing it."""
-    from kdlib import models
-    from kdlib.runs import artefacts
-
-    started, load = time.perf_counter(), cache(artefacts.load_model)
-    chosen = text.way(values.text).take(text.Given(train, tokenizer, block_length, values.seed, inputs, load))
-    if "writer" not in inputs:
-        return chosen, {}
-    # With the keys and values of the tokens before kept, each token passes once; what a batch goes on with after a
-    # document's end is not counted.
-    flops = models.operations(load(inputs["writer"])).forward(*models.extent(chosen.windows(block_length)[:, 1]))
-    return chosen, {"generation": entry(flops, time.perf_counter() - started)}
-
-
-def untrained(values: Parameters, tokenizer, block_length: int):
-    """The student as its seed initialises it."""
-    from kdlib import models
-    from kdlib.runs import artefacts
-
-    shape = models.Shape(
-        layers=values.layers, hidden_size=values.hidden_size, heads=values.heads, architecture=values.architecture
-    )
-    maps = values.features is not None and values.features.of == "attention_mse"
-    return models.build(shape, tokenizer, block_length, values.seed, "eager" if maps else None).to(artefacts.device())
-
-
-def _objective(values: Parameters, inputs: dict[str, Run], train, model, teacher):
-    """The terms of the loss and the signal they compare with."""
-    from kdlib.losses.features import FeatureLoss
-    from kdlib.runs import artefacts
-    from kdlib.training.objective import Distillation, FeatureTerm, Objective
-
-    if values.objective == "ce":
-        return Objective()
-    name, options = as_pair(values.divergence)
-    terms = [Distillation(values.kd_weight, values.temperature, name, options)]
-    if values.objective == "kd":
-        cache = artefacts.open_targets(inputs["targets"], inputs["corpus"], train, values.temperature)
-        return Objective(terms, cache)
-    if asked := values.features:
-        loss = FeatureLoss(model, teacher, asked.of, asked.layers, asked.last_k, asked.relations, seed=values.seed)
-        terms.append(FeatureTerm(loss, asked.weight, asked.balance))
-    return Objective(terms, teacher)

@@ -96,9 +96,14 @@ def _ensembles(
             step = plan.step(parameters("05_ensemble", plan.profile, **asked), label)
             shown = name if objective == UNTRAINED else f"{name} ({pool} pool)"
             # The first of a chain may learn otherwise than the rest, and a method may need another objective than the section's.
-            trained = objective or members[-1].parameters.objective
+            trained = objective or _objective(members[-1])
             found.append(Entry(shown, "ensemble", repeat, step, trained, method, pool, members))
     return found
+
+
+def _objective(member: Step) -> str:
+    """What a member learned from, alone or with others."""
+    return member.inputs.get("joint", member).parameters.objective
 
 
 @cache

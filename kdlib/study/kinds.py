@@ -12,6 +12,8 @@ KINDS = (
     "scores",
     "clusters",
     "student",
+    "joint",
+    "member",
     "ensemble",
     "fidelity",
 )

@@ -320,7 +320,8 @@ def _validated(model: type[BaseModel], values: dict, where: str):
         problems = []
         for problem in error.errors():
             # Of a number that may be a schedule, pydantic also names which of the two it was taken for.
-            place = ".".join(str(part) for part in problem["loc"] if part not in ("number", "schedule")) or "settings"
+            named = [part for at, part in enumerate(problem["loc"]) if at == 0 or part not in ("number", "schedule")]
+            place = ".".join(map(str, named)) or "settings"
             # Our own validators say what they found; their input would be the whole section, or the whole profile.
             found = "" if problem["type"] in ("missing", "value_error") else f" (found {problem['input']!r})"
             problems.append(f"{place}: {problem['msg'].removeprefix('Value error, ')}{found}")

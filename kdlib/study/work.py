@@ -2,7 +2,7 @@
 
 A run's ``work`` is ``{category: {"flops": int, "seconds": float | None}}``:
 
-- ``train``: forward and backward passes of the model that is trained.
+- ``train``: forward and backward passes of the model that is trained, and passes of frozen ones that its loss pools it with.
 - ``teacher_forward``: the teacher's passes for soft targets, cached or in the loop; of cached dense targets, the output
   layer that each step applies anew.
 - ``generation``: text sampled from a teacher.

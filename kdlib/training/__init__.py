@@ -2,8 +2,9 @@
 
 from kdlib.training.batches import Collator
 from kdlib.training.checkpoints import newest_checkpoint
+from kdlib.training.joint import JointTrainer
 from kdlib.training.log import LOG_COLUMNS, read_log
-from kdlib.training.objective import Distillation, FeatureTerm, Objective
+from kdlib.training.objective import Coupling, Distillation, FeatureTerm, Objective
 from kdlib.training.optimizer import parameter_groups, steps
 from kdlib.training.stages import discard_checkpoints, train_model
 from kdlib.training.trainer import CHECKPOINTS, DistillationTrainer
@@ -12,9 +13,11 @@ __all__ = [
     "CHECKPOINTS",
     "LOG_COLUMNS",
     "Collator",
+    "Coupling",
     "Distillation",
     "DistillationTrainer",
     "FeatureTerm",
+    "JointTrainer",
     "Objective",
     "discard_checkpoints",
     "newest_checkpoint",

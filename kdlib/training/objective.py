@@ -54,24 +54,46 @@ class FeatureTerm:
     balance: str = "none"
 
 
+@dataclass(frozen=True)
+class Coupling:
+    """What is trained learns as a member of a pool, see :mod:`kdlib.losses.coupled`.
+
+    Attributes:
+        weight: lambda, of the pool's loss; the members' own have 1 - lambda.
+        pool: probability or logit.
+        others: members of the pool that stay as they are.
+    """
+
+    weight: float
+    pool: str
+    others: tuple[nn.Module, ...] = ()
+
+
 class Objective:
     """Terms and their signal; without any, cross-entropy on the text.
 
     Args:
         terms: at most one of each kind.
         signal: cached targets, a model in the loop (never trained, run without dropout), or None.
+        coupling: of the distillation term, whose divergence is then forward_kl; None for a model by itself.
 
     Raises:
         KdlibError: two terms of a kind, a signal of another type, a weight without a signal, features without a teacher
-            in the loop, or an unknown balance.
+            in the loop, an unknown balance, or a coupling with features or another divergence.
     """
 
-    def __init__(self, terms: Sequence[Distillation | FeatureTerm] = (), signal: TargetCache | nn.Module | None = None):
+    def __init__(
+        self,
+        terms: Sequence[Distillation | FeatureTerm] = (),
+        signal: TargetCache | nn.Module | None = None,
+        coupling: Coupling | None = None,
+    ):
         by_kind = {type(term): term for term in terms}
         if len(by_kind) < len(terms):
             raise KdlibError(f"terms must be at most one of each kind, got {len(terms)} of {len(by_kind)} kinds.")
         self.distillation = by_kind.get(Distillation, Distillation())
         self.features: FeatureTerm | None = by_kind.get(FeatureTerm)
+        self.coupling = coupling
         self.weight, self.temperature = as_schedule(self.distillation.weight), as_schedule(self.distillation.temperature)
         self.targets = signal if isinstance(signal, TargetCache) else None
         self.teacher = signal if isinstance(signal, nn.Module) else None
@@ -89,6 +111,10 @@ class Objective:
         if self.features is not None and self.features.balance not in BALANCES:
             raise KdlibError(f"balance must be one of {', '.join(BALANCES)}, got {self.features.balance!r}.")
 
+        if coupling is not None and (self.features is not None or self.distillation.divergence != "forward_kl"):
+            found = "features" if self.features is not None else self.distillation.divergence
+            raise KdlibError(f"A coupled objective must have forward_kl and no features, got {found}. Leave it out.")
+
     @property
     def distils(self) -> bool:
         """Whether a distillation term has any weight at any time."""
@@ -99,7 +125,11 @@ class Objective:
         return self.teacher is not None and (kd_weight > 0 or self.features is not None)
 
     def vocabularies(self) -> dict[str, int]:
-        """Tokens of the signal's vocabulary, by what it is."""
+        """Tokens of the vocabularies of the signal and of what is pooled, by what they are."""
+        pooled = () if self.coupling is None else self.coupling.others
+        return self._of_signal() | {f"beside {number}": len(models.head(one)[0]) for number, one in enumerate(pooled, 1)}
+
+    def _of_signal(self) -> dict[str, int]:
         if self.targets is not None:
             return {"targets": self.targets.guard["vocabulary"]} if "vocabulary" in self.targets.guard else {}
         if self.teacher is None:
@@ -120,6 +150,15 @@ class Objective:
         if not isinstance(self.teacher, EnsembleForCausalLM):
             return found[0]
         return PooledTargets(tuple(found), self.teacher.pool, self.teacher.config.calibration_temperature)
+
+    def frozen(self) -> list[nn.Module]:
+        """The models in the loop that are not trained."""
+        return [*([] if self.teacher is None else [self.teacher]), *(() if self.coupling is None else self.coupling.others)]
+
+    @torch.no_grad()
+    def others(self, run: Any, dtype: torch.dtype | None) -> list[DenseTargets]:
+        """The distributions of what is pooled and not trained; arguments as of :meth:`ask`."""
+        return [self._whole(one, run(models.body(one)).flatten(0, 1), dtype) for one in self.coupling.others]
 
     @staticmethod
     def _whole(member, hidden: torch.Tensor, dtype: torch.dtype | None) -> DenseTargets:

@@ -22,8 +22,9 @@ from kdlib import models
 from kdlib.data import corpus
 from kdlib.data.text import TrainingText
 from kdlib.errors import KdlibError
-from kdlib.losses import linear_distillation_loss
+from kdlib.losses import LossParts, linear_distillation_loss
 from kdlib.losses.balance import backward as balance_gradients
+from kdlib.losses.coupled import Member, coupled_distillation_loss
 from kdlib.models import low_precision
 from kdlib.study.parameters import TrainingParameters
 from kdlib.study.progress import bar
@@ -148,8 +149,8 @@ class DistillationTrainer(Trainer):
         self._body = models.body(model)
         if self._compiled and features is None:
             self._body = torch.compile(self._body, dynamic=False)
-        if teacher is not None:
-            teacher.to(self.args.device).eval().requires_grad_(False)
+        for frozen in objective.frozen():
+            frozen.to(self.args.device).eval().requires_grad_(False)
         self._parts = dict.fromkeys(("loss", "ce", "kd", "feature", "tokens"), 0)
 
     @staticmethod
@@ -178,7 +179,7 @@ class DistillationTrainer(Trainer):
             # Killed after its last step; the Trainer would take one more.
             self._load_from_checkpoint(str(checkpoint))
             # Freezes what was not trained, which the FLOPs below depend on.
-            parameter_groups(self.model, self.multipliers, self.args.learning_rate, self.args.weight_decay)
+            self._groups()
         if hasattr(self.model, "projectors"):
             del self.model.projectors
         rows, tokens = read_log(self.step_log.path), self.step_log.tokens
@@ -212,26 +213,9 @@ class DistillationTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Loss of one micro-batch, divided by the tokens of the whole optimisation step."""
-        objective, kd_weight, temperature = self.objective, *self._at(self.state.global_step)
-        targets, weights, features = inputs.get("targets"), inputs.get("weights"), objective.features
+        features, (kd_weight, temperature) = self.objective.features, self._at(self.state.global_step)
         with nullcontext() if features is None else features.loss.recorded():
-            hidden = self._hidden(self._body, inputs)
-            if objective.asks_teacher(kd_weight):
-                targets = objective.ask(partial(self._hidden, inputs=inputs), self.autocast)
-        parts = linear_distillation_loss(
-            hidden.flatten(0, 1),
-            *models.head(self.model),
-            inputs["labels"].flatten(),
-            None if targets is None else targets.to(hidden.device),
-            kd_weight,
-            temperature,
-            num_items_in_batch,
-            self.autocast,
-            compiled=self._compiled,
-            divergence=objective.distillation.divergence,
-            options=objective.distillation.options,
-            token_weights=None if weights is None else weights.flatten(),
-        )
+            parts = self._token_losses(inputs, kd_weight, temperature, num_items_in_batch)
         loss, feature, total = parts.loss, None, 0.0
         if features is not None:
             total, tokens = features.loss(inputs["segments"])
@@ -249,6 +233,38 @@ class DistillationTrainer(Trainer):
             # The gradients are in place; what the Trainer now differentiates must add nothing to them.
             loss = loss.detach().requires_grad_()
         return (loss, parts) if return_outputs else loss
+
+    def _token_losses(self, inputs, kd_weight: float, temperature: float, normaliser) -> LossParts:
+        """CE and KD of one micro-batch."""
+        hidden, objective = self._hidden(self._body, inputs).flatten(0, 1), self.objective
+        arguments = self._arguments(inputs, kd_weight, temperature, normaliser)
+        if objective.coupling is not None:
+            return self._coupled([Member(hidden, *models.head(self.model))], inputs, arguments)
+        term = objective.distillation
+        return linear_distillation_loss(
+            hidden, *models.head(self.model), divergence=term.divergence, options=term.options, **arguments
+        )
+
+    def _coupled(self, members: list[Member], inputs, arguments: dict) -> LossParts:
+        coupling, run = self.objective.coupling, partial(self._hidden, inputs=inputs)
+        others = self.objective.others(run, self.autocast)
+        return coupled_distillation_loss(members, **arguments, coupling=coupling.weight, pool=coupling.pool, others=others)
+
+    def _arguments(self, inputs, kd_weight: float, temperature: float, normaliser) -> dict:
+        """What a loss is told beside the hidden states: labels, the teacher's answer, weights."""
+        targets, weights, device = inputs.get("targets"), inputs.get("weights"), inputs["labels"].device
+        if self.objective.asks_teacher(kd_weight):
+            targets = self.objective.ask(partial(self._hidden, inputs=inputs), self.autocast)
+        return {
+            "labels": inputs["labels"].flatten(),
+            "targets": None if targets is None else targets.to(device),
+            "kd_weight": kd_weight,
+            "temperature": temperature,
+            "normaliser": normaliser,
+            "matmul_dtype": self.autocast,
+            "compiled": self._compiled,
+            "token_weights": None if weights is None else weights.flatten(),
+        }
 
     def _at(self, step: int) -> tuple[float, float]:
         """Weight of the KD term and temperature in a step, counted from 0."""
@@ -278,16 +294,12 @@ class DistillationTrainer(Trainer):
         started = time.perf_counter()
         training = self.model.training
         self.model.eval()
-        weight, bias = models.head(self.model)
         with torch.no_grad():
             for start in range(0, len(index), self.args.per_device_train_batch_size):
                 batch = self._prepare_inputs(
                     collate(list(index[start : start + self.args.per_device_train_batch_size]))
                 )
-                hidden = self._hidden(models.body(self.model), batch).flatten(0, 1)
-                parts = linear_distillation_loss(
-                    hidden, weight, bias, batch["labels"].flatten(), matmul_dtype=self.autocast
-                )
+                parts = self._measured(batch)
                 total, tokens = total + parts.ce.item(), tokens + parts.tokens
         self.model.train(training)
         metrics = {f"{metric_key_prefix}_loss": total / tokens}
@@ -301,10 +313,14 @@ class DistillationTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _measured(self, batch) -> LossParts:
+        hidden = self._hidden(models.body(self.model), batch).flatten(0, 1)
+        return linear_distillation_loss(hidden, *models.head(self.model), batch["labels"].flatten(), matmul_dtype=self.autocast)
+
     def create_optimizer(self, model=None):
         """AdamW (Loshchilov & Hutter 2019) with learning-rate multipliers; vectors (norms, biases) are not decayed."""
         if self.optimizer is None:
-            groups = parameter_groups(self.model, self.multipliers, self.args.learning_rate, self.args.weight_decay)
+            groups = self._groups()
             rate, betas = self.args.learning_rate, (0.9, 0.95)
             if self.low_precision == "none":
                 self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
@@ -312,6 +328,9 @@ class DistillationTrainer(Trainer):
                 moves = not self.weight_decay.is_constant
                 self.optimizer = low_precision.adamw_8bit(groups, rate, betas, self._compiled, moving_decay=moves)
         return self.optimizer
+
+    def _groups(self) -> list[dict]:
+        return parameter_groups(self.model, self.multipliers, self.args.learning_rate, self.args.weight_decay)
 
     def log(self, logs: dict, start_time=None) -> None:
         """Write one row of the per-step log."""

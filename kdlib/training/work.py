@@ -54,7 +54,7 @@ def training_work(
     """The work of the steps and validations that a log tells of.
 
     Args:
-        student: the model that was trained, with its parameters as frozen as they were.
+        student: the model that was trained, or members that were trained together, with parameters as frozen as they were.
         rows: of the log (:func:`kdlib.training.log.read_log`).
         index, validation_index: packed rows that were trained on and measured. Of several epochs each leaves out a few rows:
             windows are taken to be as long as they are on average over all.
@@ -65,15 +65,17 @@ def training_work(
     counted, (seen, pairs) = models.operations(student), models.extent(models.window_lengths(index))
     tokens, seconds = (int(rows[-1]["tokens"]), float(rows[-1]["seconds"])) if rows else (0, 0.0)
     asks, head = teacher is not None, getattr(objective.targets, "head", None)
+    others = () if objective.coupling is None else objective.coupling.others
     flops = training_flops(
         counted,
         Text(tokens, tokens * pairs / max(1, seen), distilled_tokens(rows), teacher_tokens(rows) if asks else 0),
-        len(models.head(student)[0]),
+        len(models.head(getattr(student, "members", [student])[0])[0]),
         models.operations(teacher) if asks else output_layer(head[0]) if head else None,
         loss.divergence,
         loss.options,
         None if term is None else feature_operations(term.loss, student, teacher),
         term is not None and term.balance != "none",
+        sum(map(models.operations, others), Operations()),
     )
     measured = [float(row["validation_seconds"]) for row in rows if row["validation_seconds"]]
     pass_ = counted.forward(*models.extent(models.window_lengths(validation_index))) if measured else 0
@@ -93,6 +95,7 @@ def training_flops(
     options: dict | None = None,
     features: FeatureOperations | None = None,
     balanced: bool = False,
+    others: Operations | None = None,
 ) -> dict[str, int]:
     """Operations of all steps: ``train`` (the student and the losses), ``teacher_forward`` (soft targets).
 
@@ -103,12 +106,14 @@ def training_flops(
         divergence, options: of the KD term.
         balanced: whether the two losses' gradients are taken apart, at the price of a second backward pass through the
             student's body (from its uppermost block, wherever the features are read).
+        others: of frozen models that are pooled with the student in its loss; their passes are part of ``train``.
     """
     seen = text.pairs / max(1, text.tokens)
     train = student.forward(text.tokens, text.pairs) + student.backward(text.tokens, text.pairs)
     if features is not None:
         train += text.tokens * features.token + text.pairs * features.pair
     train += text.distilled * group_flops(divergence, options, vocabulary)
+    train += 0 if others is None else others.forward(text.tokens, text.pairs)
     if balanced:
         train += student.body_backward * text.tokens + student.attention_backward * text.pairs
     asked = 0 if teacher is None else text.asked * (teacher.body + teacher.attention * seen)
