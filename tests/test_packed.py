@@ -156,6 +156,28 @@ def test_step_by_step_with_the_cache_packed_logits_are_those_of_the_whole_text(f
     assert cache.layers[0].keys.shape[:2] == (2, MEMBERS * packed.kv_heads)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_member_may_have_a_text_of_its_own(family, attention):
+    members = alike(family, attention)
+    ids = torch.randint(1, VOCABULARY, (MEMBERS, 2, 9), generator=torch.Generator().manual_seed(3))
+    one, other, third = [0, 0, 0, 0, 1, 1, 1, -1, -1], [0] * 9, [0, 1, 1, 1, 1, 2, 2, 2, 2]
+    segments = torch.tensor([[one, other], [other, third], [third, one]])
+    one, other, third = [0, 1, 2, 3, 0, 1, 2, 0, 0], [*range(9)], [0, 0, 1, 2, 3, 0, 1, 2, 3]
+    positions = torch.tensor([[one, other], [other, third], [third, one]])
+    masks = torch.stack([models.attention_mask(one, torch.float32) for one in segments])
+    with torch.no_grad():
+        each = zip(members, ids, masks, positions, strict=True)
+        loop = torch.stack([one(input_ids=a, attention_mask=b, position_ids=c, use_cache=False).logits for one, a, b, c in each])
+        packed = PackedMembers(members)
+        hidden = packed.hidden_of_each(ids, masks, positions)
+        weights, biases = packed.output_layers()
+    assert close(torch.stack([one @ weight.T for one, weight in zip(hidden, weights, strict=True)]), loop)
+    assert biases == (None,) * MEMBERS
+    places = {id(part): stack[1, rows] for part, stack, rows in packed.places(1)}
+    assert all(torch.equal(places[id(one)], one) for one in packed.member(1).parameters())
+
+
 # The weights
 
 

@@ -1,14 +1,15 @@
 """Members of one shape as one module: weights stacked, one forward pass for all of them, no loop over members.
 
-Every matrix product is a batched one over members, and their heads share one attention call: the mask and the positions
-are the same for all, and a cache of K·heads heads is reordered, cropped and selected as any other. Matrices that read
-the same input (query, key and value; gate and up) are one product. Dropout is left out, as in evaluation mode.
+Every matrix product is a batched one over members, and their heads share one attention call. Of one text for all, the mask and
+the positions are the same for all, and a cache of K·heads heads is reordered, cropped and selected as any other; where each
+member has a text of its own, as in training, members are rows of the batch in that call. Matrices that read the same input
+(query, key and value; gate and up) are one product. Dropout is left out, as in evaluation mode.
 """
 
 import copy
 import ctypes
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +91,21 @@ class PackedMembers(nn.Module):
         """The model itself: its parameters show what the stacked ones hold, bit for bit, also after training."""
         return self.models[number]
 
+    def places(self, number: int) -> Iterator[tuple[nn.Parameter, nn.Parameter, slice]]:
+        """Each parameter of a member, the stacked one that it is a view of, and the rows there: ``stacked[number, rows]``."""
+        for stack, values in self._views:
+            start = 0
+            for part in values[number]:
+                yield part, stack, slice(start, start + len(part))
+                start += len(part)
+
+    def output_layers(self) -> tuple[Sequence[Tensor], Sequence[None]]:
+        """Weights [V, hidden] and biases (None: the models packed have none) of the members' output layers."""
+        return self._head_weight().unbind(), (None,) * len(self)
+
+    def _head_weight(self) -> Tensor:
+        return self.ends["embedding_weight"] if self.tied else self.head["head_weight"]
+
     def forward(
         self,
         input_ids: Tensor,
@@ -121,7 +137,7 @@ class PackedMembers(nn.Module):
         else:  # chosen by row of the batch, so that members go behind the positions meanwhile
             kept = slice_logits_to_keep(hidden.permute(1, 2, 0, 3).flatten(2), logits_to_keep)
             hidden = kept.unflatten(-1, (len(self), -1)).movedim(-2, 0)
-        weight = self.ends["embedding_weight"] if self.tied else self.head["head_weight"]
+        weight = self._head_weight()
         if hidden[0, ..., 0].numel() > STACKED:
             return Streamed(range(len(self)), lambda number: hidden[number] @ weight[number].T)
         logits = torch.bmm(hidden.reshape(len(self), -1, hidden.shape[-1]), weight.transpose(1, 2))
@@ -134,7 +150,7 @@ class PackedMembers(nn.Module):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> Tensor:
-        """Hidden states after the final norm, [K, batch, positions, hidden]."""
+        """Hidden states after the final norm, [K, batch, positions, hidden]; arguments as transformers models take them."""
         batch, length = input_ids.shape
         if position_ids is None:
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -146,19 +162,44 @@ class PackedMembers(nn.Module):
         if mask is not None and mask.shape[1] > 1:
             mask = mask.repeat(1, len(self), 1, 1)  # one for each head of a member
         rotation = None if self.gpt2 else _rotation(*self.rotary(x[0], position_ids))
+        return self._through(x, rotation, mask, past_key_values, 1)
+
+    def hidden_of_each(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+        """Hidden states after the final norm, [K, batch, positions, hidden], of a text of its own for each member.
+
+        Args:
+            input_ids, position_ids: [K, batch, positions].
+            attention_mask: [K, batch, 1, positions, positions], additive, see :func:`kdlib.models.attention_mask`.
+        """
+        x = self._embedded("embedding", input_ids)
+        if self.gpt2:
+            x = x + self._embedded("positions", position_ids)
+            rotation = None
+        else:
+            found = _rotation(*self.rotary(x[0], position_ids.flatten(0, 1)))
+            rotation = tuple(one.unflatten(0, input_ids.shape[:2]) for one in found)
+        return self._through(x, rotation, attention_mask.flatten(0, 1), None, 0)
+
+    def _through(self, x: Tensor, rotation, mask: Tensor | None, cache: Cache | None, side: int) -> Tensor:
+        """What the blocks and the final norm make of embeddings [K, batch, positions, hidden].
+
+        ``side``: the dimension of [batch, heads] in which members lie side by side for the attention: 1 with one text for all, so that
+        a cache and a mask are those of the batch; 0 with a text of its own for each.
+        """
+        shape = x.shape[:3]
         x = x.flatten(1, 2)
         for number, block in enumerate(self.blocks):
-            normed = self._norm(x, block, "attention_norm").view(len(self), batch, length, -1)
-            x = x + self._attention(normed, block, number, rotation, mask, past_key_values)
+            normed = self._norm(x, block, "attention_norm").view(*shape, -1)
+            x = x + self._attention(normed, block, number, rotation, mask, cache, side)
             x = x + self._mlp(self._norm(x, block, "mlp_norm"), block)
-        return self._norm(x, self.ends, "norm").view(len(self), batch, length, -1)
+        return self._norm(x, self.ends, "norm").view(*shape, -1)
 
     def _embedded(self, name: str, ids: Tensor) -> Tensor:
         table = self.ends[f"{name}_weight"]
         offsets = torch.arange(len(self), device=ids.device)[:, None, None] * table.shape[1]
         return functional.embedding(ids + offsets, table.flatten(0, 1))
 
-    def _attention(self, x, block, number, rotation, mask, cache) -> Tensor:
+    def _attention(self, x, block, number, rotation, mask, cache, side) -> Tensor:
         members, batch, length = x.shape[:3]
         found = self._linear(x.flatten(1, 2), block, "qkv").view(members, batch, length, -1, self.head_dim)
         rotated, value = found.split([self.heads + self.kv_heads, self.kv_heads], dim=3)
@@ -170,15 +211,16 @@ class PackedMembers(nn.Module):
             cos, sin = rotation
             rotated = torch.addcmul(rotated * cos, rotated.roll(self.head_dim // 2, -1), sin)
         query, key = rotated.split([self.heads, self.kv_heads], dim=3)
-        # [K, batch, positions, heads, width] -> [batch, K·heads, positions, width]
-        query, key, value = (one.permute(1, 0, 3, 2, 4).flatten(1, 2) for one in (query, key, value))
+        # [K, batch, positions, heads, width] -> [batch, K·heads, positions, width] or [K·batch, heads, positions, width]
+        order = (1, 0, 3, 2, 4) if side else (0, 1, 3, 2, 4)
+        query, key, value = (one.permute(order).flatten(side, side + 1) for one in (query, key, value))
         if cache is not None:
             key, value = cache.update(key, value, number)
         if self.heads > self.kv_heads:
             key, value = (one.repeat_interleave(self.heads // self.kv_heads, dim=1) for one in (key, value))
         causal = mask is None and length > 1
         mixed = functional.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=self.scales[number])
-        mixed = mixed.unflatten(1, (members, self.heads)).permute(1, 0, 3, 2, 4)
+        mixed = mixed.unflatten(side, (members, -1)).permute(order)  # which is its own inverse
         return self._linear(mixed.reshape(members, batch * length, -1), block, "out")
 
     def _mlp(self, x: Tensor, block: nn.ParameterDict) -> Tensor:

@@ -1,4 +1,6 @@
-"""From packed rows of flat positions to what a step needs."""
+"""From packed rows of flat positions to what a step needs, of one run or of several that are trained at once."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -48,3 +50,44 @@ class Collator:
         if self.weights is not None:
             batch["weights"] = torch.from_numpy(np.where(index < 0, 0, self.weights[index]).astype(np.float32))
         return batch
+
+
+class RowsOfEach(torch.utils.data.Dataset):
+    """Rows of several runs by their place in an epoch; an item is one row of each run, in its own order.
+
+    Args:
+        indexes: packed rows of each run.
+        seeds: what the order of each run is drawn with.
+        batch_size: rows of a run in a batch. All runs have equally many whole batches, and no item is left over.
+    """
+
+    def __init__(self, indexes: Sequence[np.ndarray], seeds: Sequence[int], batch_size: int):
+        self.indexes, self.seeds = indexes, seeds
+        self.rows = len(indexes[0]) // batch_size * batch_size
+        self.set_epoch(0)
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the orders of an epoch, counted from 0, as accelerate's sampler draws that of a run by itself."""
+        generator = torch.Generator()
+        self.orders = [
+            torch.randperm(len(index), generator=generator.manual_seed(seed + epoch)).numpy()
+            for index, seed in zip(self.indexes, self.seeds, strict=True)
+        ]
+
+    def __getitem__(self, place: int) -> list[np.ndarray]:
+        return [index[order[place]] for index, order in zip(self.indexes, self.orders, strict=True)]
+
+
+class CollatorOfEach:
+    """Items of :class:`RowsOfEach` -> the inputs of each run, stacked to [K, batch, positions]; targets and weights in lists of K."""
+
+    def __init__(self, collators: Sequence[Collator]):
+        self.collators = collators
+
+    def __call__(self, items: list[list[np.ndarray]]) -> dict:
+        batches = [collate(list(rows)) for collate, rows in zip(self.collators, zip(*items, strict=True), strict=True)]
+        found = {name: torch.stack([one[name] for one in batches]) for name in ("input_ids", "labels", "position_ids", "segments")}
+        return found | {name: [one.get(name) for one in batches] for name in ("targets", "weights")}

@@ -38,16 +38,17 @@ class StepLog:
 
     Attributes:
         tokens: trained on so far; whoever writes counts them.
+        sharing: how many runs are trained at once, each with its share of the seconds: summed over runs they are what passed.
     """
 
     def __init__(self, path: Path):
-        self.path, self.tokens = path, 0
+        self.path, self.tokens, self.sharing = path, 0, 1
         self._seconds, self._resumed = 0.0, time.perf_counter()
 
     @property
     def seconds(self) -> float:
         """Seconds of training, those before an interruption included."""
-        return self._seconds + time.perf_counter() - self._resumed
+        return self._seconds + (time.perf_counter() - self._resumed) / self.sharing
 
     def resume(self, step: int) -> None:
         """Drop what was logged after ``step``, the last whose weights were kept, and count on from there."""

@@ -11,6 +11,8 @@ from kdlib.errors import KdlibError
 from kdlib.study.parameters import TrainingParameters
 from kdlib.study.schedules import Schedule
 
+BETAS = (0.9, 0.95)  # of AdamW, in every training
+
 
 def steps(settings: TrainingParameters, rows: int) -> int:
     """Optimisation steps of a run: those of an epoch, times epochs, rounded to at least one unless epochs is 0.
@@ -31,15 +33,18 @@ class WeightDecay(TrainerCallback):
     """Gives each step the weight decay of a schedule; what does not decay is left at 0.
 
     Nothing of it is in a checkpoint: a run that goes on computes its decay from the number of its step.
+
+    Args:
+        dimensions: from which a parameter decays; one more for stacked parameters than for a model's own.
     """
 
-    def __init__(self, schedule: Schedule, steps: int):
-        self.schedule, self.steps = schedule, steps
+    def __init__(self, schedule: Schedule, steps: int, dimensions: int = 2):
+        self.schedule, self.steps, self.dimensions = schedule, steps, dimensions
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **_):
         decay = self.schedule.value(progress(state.global_step, self.steps))
         for group in optimizer.param_groups:
-            if not _decays(group["params"][0]):
+            if group["params"][0].ndim < self.dimensions:
                 continue
             if isinstance(group["weight_decay"], torch.Tensor):
                 group["weight_decay"].fill_(decay)

@@ -48,10 +48,7 @@ def train_model(
     Returns:
         tokens, teacher_tokens, steps, seconds, tokens_per_second, flops, peak_memory_bytes, final_loss, work.
     """
-    windows = text.windows(block_length)
-    if tokens is not None:
-        windows = windows[: max(1, int(np.searchsorted(windows[:, 1].cumsum(), tokens, side="right")))]
-    index = corpus.pack(windows, block_length)
+    index = _rows(text, block_length, tokens)
     parts = _staged(values, stages, len(index)) if stages else [(values, multipliers)]
     found = []
     for number, (settings, multipliers) in enumerate(parts):
@@ -60,17 +57,8 @@ def train_model(
             model.requires_grad_(True)
             if objective is not None and objective.features is not None:
                 objective.features.loss.requires_grad_(True)
-        trainer = kind(
-            model,
-            settings,
-            text,
-            index,
-            folder / f"stage-{number}" if stages else folder,
-            objective,
-            multipliers=multipliers,
-            validation=validation,
-            validation_index=corpus.pack(validation.windows(block_length), block_length),
-        )
+        place = folder / f"stage-{number}" if stages else folder
+        trainer = kind(model, settings, text, index, place, objective, multipliers, validation, _rows(validation, block_length))
         found.append(trainer.fit())
     if stages:
         _join_stages(folder, len(stages))
@@ -82,6 +70,21 @@ def train_model(
         "final_loss": found[-1]["final_loss"],
         "work": total(*(one["work"] for one in found)),
     }
+
+
+def trainer_of(
+    model, values, text: TrainingText, validation: corpus.Split, block_length: int, folder: Path, objective: Objective, multipliers: dict
+) -> DistillationTrainer:
+    """The trainer with which :func:`train_model` trains a model in one stage; arguments as there."""
+    rows, measured = _rows(text, block_length), _rows(validation, block_length)
+    return DistillationTrainer(model, values, text, rows, folder, objective, multipliers, validation, measured)
+
+
+def _rows(text: TrainingText | corpus.Split, block_length: int, tokens: int | None = None) -> np.ndarray:
+    windows = text.windows(block_length)
+    if tokens is not None:
+        windows = windows[: max(1, int(np.searchsorted(windows[:, 1].cumsum(), tokens, side="right")))]
+    return corpus.pack(windows, block_length)
 
 
 def discard_checkpoints(folder: Path) -> None:

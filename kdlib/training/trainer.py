@@ -34,7 +34,7 @@ from kdlib.training.checkpoints import last_step, newest_checkpoint
 from kdlib.training.compiling import can_compile, repeatable
 from kdlib.training.log import StepLog, memory_bytes, peak_memory_bytes, read_log, teacher_tokens
 from kdlib.training.objective import BALANCES, Objective
-from kdlib.training.optimizer import WeightDecay, parameter_groups, progress, steps
+from kdlib.training.optimizer import BETAS, WeightDecay, parameter_groups, progress, steps
 from kdlib.training.work import training_work
 
 CHECKPOINTS = 8  # a run is saved, and its validation loss measured, this many times
@@ -143,7 +143,7 @@ class DistillationTrainer(Trainer):
         # Labels are already those of the next token, and the loss divides by the tokens of the whole step itself.
         self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, False
         self.remove_callback(PrinterCallback)
-        self.add_callback(_Progress())
+        self.add_callback(Progress())
         self.add_callback(WeightDecay(self.weight_decay, self.steps))
         self._compiled = settings.compile and can_compile(self.args.device)
         self._body = models.body(model)
@@ -222,12 +222,9 @@ class DistillationTrainer(Trainer):
             feature = features.weight * total / (tokens if num_items_in_batch is None else num_items_in_batch)
             loss, total = loss + feature, total.item()
         if not torch.isfinite(loss):
-            self._refuse("loss", loss.item(), self.state.global_step + 1)
+            self.refuse("loss", loss.item(), self.state.global_step + 1)
         if model.training:
-            kd = 0.0 if parts.kd is None else parts.kd.item()
-            mixed = kd_weight * kd + (1 - kd_weight) * parts.ce.item() + (features.weight * total if features else 0.0)
-            found = {"loss": mixed, "ce": parts.ce.item(), "kd": kd, "feature": total, "tokens": parts.tokens}
-            self._parts = {name: self._parts[name] + value for name, value in found.items()}
+            self.count(parts.ce.item(), 0.0 if parts.kd is None else parts.kd.item(), parts.tokens, total)
         if model.training and features is not None and (balanced := BALANCES[features.balance]) is not None:
             balance_gradients(parts.loss, feature, self.model.parameters(), balanced)
             # The gradients are in place; what the Trainer now differentiates must add nothing to them.
@@ -236,14 +233,22 @@ class DistillationTrainer(Trainer):
 
     def _token_losses(self, inputs, kd_weight: float, temperature: float, normaliser) -> LossParts:
         """CE and KD of one micro-batch."""
-        hidden, objective = self._hidden(self._body, inputs).flatten(0, 1), self.objective
-        arguments = self._arguments(inputs, kd_weight, temperature, normaliser)
-        if objective.coupling is not None:
-            return self._coupled([Member(hidden, *models.head(self.model))], inputs, arguments)
-        term = objective.distillation
-        return linear_distillation_loss(
-            hidden, *models.head(self.model), divergence=term.divergence, options=term.options, **arguments
-        )
+        hidden, head = self._hidden(self._body, inputs).flatten(0, 1), models.head(self.model)
+        if self.objective.coupling is None:
+            return self.losses(hidden, head, inputs, normaliser)
+        return self._coupled([Member(hidden, *head)], inputs, self._arguments(inputs, kd_weight, temperature, normaliser))
+
+    def losses(self, hidden: torch.Tensor, head: tuple, inputs: dict, normaliser) -> LossParts:
+        """CE and KD of a micro-batch with these hidden states [T, D] and this output layer (weight, bias), as weighted in the present step."""
+        term, arguments = self.objective.distillation, self._arguments(inputs, *self._at(self.state.global_step), normaliser)
+        return linear_distillation_loss(hidden, *head, divergence=term.divergence, options=term.options, **arguments)
+
+    def count(self, ce: float, kd: float, tokens: int, feature: float = 0.0) -> None:
+        """Add the losses of a micro-batch, summed over its tokens, to those of the step that the log tells next."""
+        (kd_weight, _), features = self._at(self.state.global_step), self.objective.features
+        mixed = kd_weight * kd + (1 - kd_weight) * ce + (features.weight * feature if features else 0.0)
+        found = {"loss": mixed, "ce": ce, "kd": kd, "feature": feature, "tokens": tokens}
+        self._parts = {name: self._parts[name] + value for name, value in found.items()}
 
     def _coupled(self, members: list[Member], inputs, arguments: dict) -> LossParts:
         coupling, run = self.objective.coupling, partial(self._hidden, inputs=inputs)
@@ -271,7 +276,8 @@ class DistillationTrainer(Trainer):
         at = progress(step, self.steps)
         return self.objective.weight.value(at), self.objective.temperature.value(at)
 
-    def _refuse(self, what: str, value: float, step: int) -> None:
+    def refuse(self, what: str, value: float, step: int) -> None:
+        """Stop: a loss or a gradient is no number."""
         kept = newest_checkpoint(Path(self.args.output_dir))
         raise KdlibError(
             f"The {what} became {value} at step {step} of {self.steps}; last good checkpoint: {kept or 'none yet'}. "
@@ -321,12 +327,12 @@ class DistillationTrainer(Trainer):
         """AdamW (Loshchilov & Hutter 2019) with learning-rate multipliers; vectors (norms, biases) are not decayed."""
         if self.optimizer is None:
             groups = self._groups()
-            rate, betas = self.args.learning_rate, (0.9, 0.95)
+            rate = self.args.learning_rate
             if self.low_precision == "none":
-                self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
+                self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=BETAS, fused=True)
             else:
                 moves = not self.weight_decay.is_constant
-                self.optimizer = low_precision.adamw_8bit(groups, rate, betas, self._compiled, moving_decay=moves)
+                self.optimizer = low_precision.adamw_8bit(groups, rate, BETAS, self._compiled, moving_decay=moves)
         return self.optimizer
 
     def _groups(self) -> list[dict]:
@@ -338,7 +344,7 @@ class DistillationTrainer(Trainer):
             return
         # Rows are logged before checkpoints are saved, so weights ruined by this step never become one.
         if not math.isfinite(logs.get("grad_norm", 0.0)):
-            self._refuse("gradient's norm", logs["grad_norm"], self.state.global_step)
+            self.refuse("gradient's norm", logs["grad_norm"], self.state.global_step)
         parts, self._parts = self._parts, dict.fromkeys(self._parts, 0)
         self.step_log.tokens += parts["tokens"]
         means = {name: parts[name] / max(1, parts["tokens"]) for name in ("loss", "ce", "kd", "feature")}
@@ -365,7 +371,7 @@ class DistillationTrainer(Trainer):
         self.step_log.write(self.state.global_step, self.state.epoch, values)
 
 
-class _Progress(TrainerCallback):
+class Progress(TrainerCallback):
     """The shared progress bar, with the running loss."""
 
     def on_train_begin(self, args, state, control, **kwargs):
