@@ -56,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument(
         "--share", default="0/1", metavar="I/N", help="with --all: every N-th, from the I-th (0 is the first)"
     )
+    make.add_argument(
+        "--pack", type=int, metavar="K", help="students trained at once, at most; 1: one by one (default: several on a GPU)"
+    )
     make.add_argument("--notebooks", action="store_true", help="each in its notebook, which is kept executed")
     make.add_argument("--with-artefact", action="store_true", help="also what later runs read of one whose results exist")
 
@@ -88,6 +91,8 @@ def _make(options: argparse.Namespace) -> int:
 
     if bool(options.names) == options.all:
         raise KdlibError("make must be given ids or labels of runs, or --all. See them with: kdlib list --runs")
+    if options.pack is not None and (options.pack < 1 or options.notebooks):
+        raise KdlibError(f"--pack must be 1 or more, and stand without --notebooks, got {options.pack}.")
     profile = runner.whole_profile(options.profile)
     if options.all:
         steps = design.share(profile, options.grids, options.kinds, options.share)
@@ -97,7 +102,7 @@ def _make(options: argparse.Namespace) -> int:
         return max((runner.run_step(step, options.with_artefact) for step in steps), default=0)
     from kdlib.runs.make import make_all
 
-    make_all(steps, options.with_artefact)
+    make_all(steps, options.with_artefact, options.pack)
     return 0
 
 

@@ -58,6 +58,8 @@ def ran(*arguments: str, **options) -> subprocess.CompletedProcess:
         (["make", "corpus", "--all"], "make must be given ids or labels of runs, or --all"),
         (["make", "student kd seed 77"], "'student kd seed 77' must be the id or label of a run"),
         (["make", "--all", "--share", "2/2"], "--share must be I/N"),
+        (["make", "--all", "--pack", "0"], "--pack must be 1 or more, and stand without --notebooks, got 0"),
+        (["make", "--all", "--pack", "2", "--notebooks"], "--pack must be 1 or more, and stand without --notebooks, got 2"),
         (["make", "--all", "--kinds", "studnet"], "--kinds must be among corpus"),
         (["make", "--all", "--grids", "loses"], "grid must be one of profile 'smoke'"),
         (["list", "04_studnet"], "notebook must be one of 00_tour, "),
@@ -154,12 +156,14 @@ def test_what_a_terminal_cannot_show_is_told_by_its_code():
 
 def test_runs_are_made_by_label_and_id_in_the_order_given(monkeypatch):
     made = []
-    monkeypatch.setattr("kdlib.runs.make.make_all", lambda steps, with_artefact: made.append(([one.label for one in steps], with_artefact)))
+    monkeypatch.setattr("kdlib.runs.make.make_all", lambda steps, *options: made.append(([one.label for one in steps], options)))
     teacher = plan.Planner("smoke").teacher()
     assert main(["make", teacher.id, "corpus", "--with-artefact"]) == 0
     assert main(["make", "--all", "--kinds", "teacher", "targets"]) == 0
     targets = ["targets sampled"] * 3  # the teacher's, and those of a student and a pool that teach
-    assert made == [(["teacher scratch", "corpus"], True), (["teacher scratch", *targets], False)]
+    assert main(["make", "--all", "--kinds", "teacher", "--pack", "8"]) == 0
+    assert made[:2] == [(["teacher scratch", "corpus"], (True, None)), (["teacher scratch", *targets], (False, None))]
+    assert made[2] == (["teacher scratch"], (False, 8))
 
 
 def test_runs_are_made_in_their_notebooks_where_that_is_asked_for(monkeypatch, home, capsys):

@@ -358,3 +358,16 @@ def test_the_cells_of_a_grid_are_their_runs_in_the_plans_order(home):
 def test_a_run_folder_has_no_temporary_files(home):
     store.write_json(home / "a.json", {})
     assert os.listdir(home) == ["a.json"]
+
+
+def test_a_claim_keeps_a_run_from_others_until_the_block_ends_and_is_none_where_it_is_made():
+    with store.claimed("smoke", ID) as work, store.claimed("smoke", ID) as again:
+        assert work.is_dir() and again is None
+        (work / "log.csv").write_text("begun")
+    found = []
+    store.make("smoke", ID, SETTINGS, lambda work: found.append((work / "log.csv").read_text()) or {})
+    assert found == ["begun"], "whoever makes the run finds what the block left"
+    with store.claimed("smoke", ID) as work:
+        assert work is None and not store.results("smoke").joinpath("work", ID).exists()
+    with store.claimed("smoke", ID, with_artefact=True) as work:
+        assert work.is_dir(), "made again, for its model"

@@ -15,6 +15,7 @@ import transformers
 
 from kdlib import models
 from kdlib.models import low_precision
+from kdlib.runs.packing import Packer
 from kdlib.study import progress, store
 from kdlib.study.kinds import kinds
 from kdlib.study.plan import Step
@@ -38,7 +39,7 @@ def make(step: Step, with_artefact: bool = False) -> store.Run:
     if found := store.find(profile, step.id, with_artefact):
         return found
     low_precision.require(getattr(step.parameters, "low_precision", "none"))
-    inputs = {name: make(upstream, with_artefact=True) for name, upstream in step.inputs.items()}
+    inputs = made_inputs(step)
     again = " again, of which only the results are here" if store.find(profile, step.id) else ""
     print(f"making {step.label} ({step.id}){again}", flush=True)
 
@@ -53,6 +54,11 @@ def make(step: Step, with_artefact: bool = False) -> store.Run:
     return store.make(profile, step.id, step.settings, produce, with_artefact)
 
 
+def made_inputs(step: Step) -> dict[str, store.Run]:
+    """The runs that ``step`` reads, by name, made now unless they exist."""
+    return {name: make(upstream, with_artefact=True) for name, upstream in step.inputs.items()}
+
+
 def _cost(step: Step, seconds: float) -> dict:
     cost = {"seconds": seconds, "peak_memory_bytes": peak_resident_bytes(), "device": store.device()}
     if asked := getattr(step.parameters, "precision", None):
@@ -63,9 +69,15 @@ def _cost(step: Step, seconds: float) -> dict:
     return cost
 
 
-def make_all(steps: Sequence[Step], with_artefact: bool = False) -> None:
-    """Make runs in this process, which keeps what it has compiled, and tell of each."""
+def make_all(steps: Sequence[Step], with_artefact: bool = False, pack: int | None = None) -> None:
+    """Make runs in this process, which keeps what it has compiled, and tell of each.
+
+    Args:
+        pack: how many students are trained at once at most; None: as many as pay, see :func:`kdlib.runs.packing.most`.
+    """
+    packer = Packer(steps, made_inputs, with_artefact, pack)
     for number, step in enumerate(steps, 1):
         started = time.perf_counter()
+        packer.train(step)
         run = make(step, with_artefact)
         print(f"[{number}/{len(steps)}] {step.label}: {run.id} ({time.perf_counter() - started:.0f} s)", flush=True)

@@ -291,31 +291,40 @@ def label(values: Parameters) -> str:
 def produce(step: Step, inputs: dict[str, Run], folder: Path) -> dict:
     """Build, train, evaluate and save the student."""
     from kdlib import models
-    from kdlib.runs import artefacts, ingredients
+    from kdlib.runs import artefacts
     from kdlib.training import train_model
 
     values, corpus = step.parameters, inputs["corpus"]
+    data, given, generation = begun(values, inputs, folder)
+    training, model = train_model(**given, stages=values.stages), given["model"]
+    work = training.pop("work")
+    if values.objective == "online_kd":
+        training["teacher_flops"] = work["teacher_forward"]["flops"]
+    metrics = artefacts.evaluate_into(folder, model, data, given["block_length"], values.precision)
+    metrics |= {"training": training, "parameters": models.parameters_by_component(model)}
+    metrics["work"] = total(work, generation, metrics["work"])
+    artefacts.save_model(model, artefacts.load_tokenizer(corpus), folder, step, corpus, metrics)
+    return metrics
+
+
+def begun(values: Parameters, inputs: dict[str, Run], folder: Path) -> tuple[dict, dict, dict]:
+    """The splits of the corpus, what the student's training is given, by name, and the work of writing its text."""
+    from kdlib.runs import artefacts, ingredients
+
+    corpus = inputs["corpus"]
     tokenizer, block_length = artefacts.load_tokenizer(corpus), artefacts.block_length(corpus)
     data, teacher = artefacts.splits(corpus), ingredients.load_teacher(inputs)
     model = ingredients.initial(values, inputs, tokenizer, block_length, teacher)
     coupling = ingredients.beside(values, inputs)
     chosen, generation = ingredients.chosen_text(values, inputs, data["train"], tokenizer, block_length)
-    training = train_model(
-        model,
-        values,
-        chosen,
-        data["validation"],
-        block_length,
-        folder,
-        objective=ingredients.objective_of(values, inputs, data["train"], model, teacher, coupling),
-        stages=values.stages,
-        multipliers=values.learning_rate_multipliers,
-    )
-    work = training.pop("work")
-    if values.objective == "online_kd":
-        training["teacher_flops"] = work["teacher_forward"]["flops"]
-    metrics = artefacts.evaluate_into(folder, model, data, block_length, values.precision)
-    metrics |= {"training": training, "parameters": models.parameters_by_component(model)}
-    metrics["work"] = total(work, generation, metrics["work"])
-    artefacts.save_model(model, tokenizer, folder, step, corpus, metrics)
-    return metrics
+    given = {
+        "model": model,
+        "values": values,
+        "text": chosen,
+        "validation": data["validation"],
+        "block_length": block_length,
+        "folder": folder,
+        "objective": ingredients.objective_of(values, inputs, data["train"], model, teacher, coupling),
+        "multipliers": values.learning_rate_multipliers,
+    }
+    return data, given, generation

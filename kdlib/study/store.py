@@ -14,7 +14,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -200,6 +200,30 @@ def _record_again(run: Run, metrics: dict, started: float) -> None:
     record = {name: about[name] for name in ("commit", "dirty", "started", "device")} | {"largest_difference": largest}
     before = read_json(run.path / "again.json") if (run.path / "again.json").is_file() else {"times": []}
     write_json(run.path / "again.json", {"times": [*before["times"], record]})
+
+
+@contextmanager
+def claimed(profile: str, run_id: str, with_artefact: bool = False) -> Iterator[Path | None]:
+    """The working folder of a run that is still to be made, kept from other processes within the block; arguments as of :func:`find`.
+
+    None if the run is finished or another process makes it: this one does not wait. Who makes the run finds what the block left.
+    """
+    import fcntl
+
+    work = results(profile) / "work" / run_id
+    work.parent.mkdir(parents=True, exist_ok=True)
+    with open(work.with_name(f"{work.name}.lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        if find(profile, run_id, with_artefact):
+            yield None
+            return
+        work.mkdir(exist_ok=True)
+        # The lock's file stays, as after a kill: the run is not finished.
+        yield work
 
 
 @contextmanager
