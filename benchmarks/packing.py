@@ -1,4 +1,4 @@
-"""Packed members against the loop over them: generation, short and long inputs, and memory.
+"""Packed members against the loop over them: generation, short and long inputs, memory, and training.
 
     python benchmarks/packing.py            # some minutes; updates benchmarks/results.csv
 
@@ -8,15 +8,27 @@ Twelve Llamas with a vocabulary of 8 192. The two sides of a ratio take turns, a
 
 import argparse
 import functools
+import statistics
+import tempfile
 import threading
+import time
+from pathlib import Path
 from unittest import mock
 
 import steps  # before torch, as kdlib asks for
 import torch
 from record import record
+from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
+from kdlib.cache import ModelTeacher, TargetCache, write_targets
+from kdlib.data import corpus
+from kdlib.data.text import TrainingText
 from kdlib.ensemble import packing
 from kdlib.ensemble.model import EnsembleForCausalLM
+from kdlib.runs.packing import Packer
+from kdlib.study.parameters import TrainingParameters
+from kdlib.training import Distillation, DistillationTrainer, Objective, PackedTrainer
 
 MEMBERS, NEW = 12, 32
 SHAPES = {64: (2, 2, 192), 128: (4, 4, 352), 256: (4, 4, 704)}  # hidden size: layers, heads, intermediate size
@@ -84,6 +96,58 @@ def inputs(rounds: int) -> list[dict]:
     return [*rows, steps.row("least gain among inputs for which members are packed, speed", worst[0], ">= 0.95", worst[1])]
 
 
+class Clock(TrainerCallback):
+    """Seconds of each step of a trainer, with all that it does from one to the next, but for the first ones, which compile."""
+
+    def __init__(self):
+        self.ended, self.seconds = None, []
+
+    def on_step_end(self, args, state, control, **_):
+        steps.synchronise()
+        now = time.perf_counter()
+        if state.global_step > 5:
+            self.seconds.append(now - self.ended)
+        self.ended = now
+
+
+def training(rounds: int, members: int = 8) -> list[dict]:
+    """Steps of students of 4 x 128 from cached targets, each on text of its own, packed against one by one."""
+    data = steps.split(16 * steps.LENGTH * (rounds + 2))
+    with tempfile.TemporaryDirectory() as folder:
+        write_targets(Path(folder) / "targets", ModelTeacher(steps.student()), data, {}, steps.SAMPLED, block_length=steps.LENGTH)
+        cache = TargetCache(Path(folder) / "targets", {}, 1.0)
+        trainers = [_trainer(data, cache, Path(folder) / str(seed), seed, rounds) for seed in range(members + 1)]
+        alone, packed = trainers[0], PackedTrainer(trainers[1:])
+        found = []
+        for trainer in (alone, packed):
+            trainer.add_callback(clock := Clock())
+            trainer.fit()
+            found.append(statistics.median(clock.seconds))
+    one, together, tokens = *found, 16 * steps.LENGTH
+    chosen = "packed" if Packer((), dict).most > 1 else "one by one"
+    return [
+        steps.row(
+            f"training {members} students of 4 x 128 from cached targets, packed against one by one, tokens/s",
+            members * one / together,
+            ">= 6" if steps.DEVICE == "cuda" else "",
+            f"{members * tokens / together:,.0f} against {tokens / one:,.0f} tokens/s; trained {chosen} unless asked otherwise",
+        )
+    ]
+
+
+def _trainer(data: corpus.Split, cache: TargetCache, folder: Path, seed: int, rounds: int) -> DistillationTrainer:
+    index = corpus.pack(data.windows(steps.LENGTH), steps.LENGTH)
+    values = TrainingParameters(
+        profile="benchmark", epochs=(5 + 3 * rounds) / (len(index) // 16), batch_size=16, gradient_accumulation=1, learning_rate=3e-3,
+        warmup=0.05, weight_decay=0.1, seed=seed, precision="auto", compile=True,
+    )  # fmt: skip
+    folder.mkdir()
+    model, objective = steps.student("sdpa" if steps.DEVICE == "cuda" else "eager"), Objective([Distillation(0.9)], cache)
+    trainer = DistillationTrainer(model, values, TrainingText(data), index, folder, objective)
+    trainer.args.save_strategy = SaveStrategy.NO  # eight times a run, however long it is
+    return trainer
+
+
 def memory() -> list[dict]:
     """Most memory while generate stacks the weights and runs, above what there was before the members were built."""
     if steps.DEVICE == "cuda":
@@ -130,4 +194,4 @@ if __name__ == "__main__":
     steps.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     warm, ids = ensemble(64, 2), torch.ones((1, 8), dtype=torch.long, device=steps.DEVICE)
     warm.generate(ids, max_new_tokens=2, do_sample=False, attention_mask=torch.ones_like(ids))  # loads what it needs
-    record(memory() + generation(options.rounds) + inputs(options.rounds))
+    record(memory() + generation(options.rounds) + inputs(options.rounds) + training(options.rounds))
