@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from scipy import stats
 from tiny_study import make, step, train_split
+from torch.distributed import checkpoint
 
 from kdlib.ensemble import weights as learned
 from kdlib.ensemble.model import EnsembleForCausalLM
@@ -162,6 +163,19 @@ def test_a_calibrated_ensemble_is_saved_with_the_temperature_that_its_metrics_te
     ids = torch.arange(5, 15)[None]
     softened = torch.log_softmax(other(ids).logits / run.metrics["temperature"], -1)
     assert torch.allclose(model(ids).logits, softened, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_member_may_be_a_folder_with_a_distributed_checkpoint(profile, tmp_path):
+    one, other = MEMBERS[:2]
+    trained = make(profile, **one["student"])
+    shutil.copytree(trained.path / "model", tmp_path / "model", ignore=lambda *_: ["model.safetensors"])
+    checkpoint.save({"model": artefacts.load_model(trained).state_dict(), "step": 3}, checkpoint_id=tmp_path / "model", no_dist=True)
+    given = make(profile, "05_ensemble", members=[str(tmp_path / "model"), other], seeds=[1], student=CE)
+    plain = make(profile, "05_ensemble", members=[one, other], seeds=[1], student=CE)
+    assert given.id != plain.id and any(member.startswith("teacher-") for member in given.metrics["members"])
+    for split, measured in plain.metrics["evaluation"].items():
+        assert given.metrics["evaluation"][split]["nll"] == pytest.approx(measured["nll"], abs=1e-6)
 
 
 def card_of(run):
