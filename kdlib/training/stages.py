@@ -29,7 +29,7 @@ def train_model(
     objective: Objective | None = None,
     stages: Sequence[Stage] = (),
     multipliers: dict | None = None,
-    kind: type[DistillationTrainer] = DistillationTrainer,
+    kind: type[DistillationTrainer] | None = None,
 ) -> dict:
     """Train a model on text, in one stage or several, from wherever an interrupted attempt left off.
 
@@ -43,7 +43,7 @@ def train_model(
         objective: terms and signal, as :class:`kdlib.training.DistillationTrainer` takes them.
         stages: parts with multipliers and an optimiser of their own; together they take the steps of a run without any.
         multipliers: regular expression on parameter names -> learning-rate multiplier.
-        kind: of trainer; :class:`kdlib.training.JointTrainer` for members that are trained together.
+        kind: of trainer; :class:`kdlib.training.JointTrainer` for members that are trained together, None for one model.
 
     Returns:
         tokens, teacher_tokens, steps, seconds, tokens_per_second, flops, peak_memory_bytes, final_loss, work.
@@ -60,7 +60,7 @@ def train_model(
             model.requires_grad_(True)
             if objective is not None and objective.features is not None:
                 objective.features.loss.requires_grad_(True)
-        trainer = kind(
+        trainer = (kind or DistillationTrainer)(
             model,
             settings,
             text,
