@@ -23,6 +23,7 @@ from kdlib.errors import KdlibError
 from kdlib.evaluation.metrics import evaluate
 from kdlib.runs import artefacts, combiners
 from kdlib.runs.card import interval
+from kdlib.study import profiles
 from kdlib.study.combining import Combine
 from kdlib.study.profiles import REPOSITORY
 from kdlib.study.store import Run
@@ -63,6 +64,16 @@ def members_of(profile):
 def test_settings_that_say_no_one_way_are_refused(settings, message):
     with pytest.raises(ValidationError, match=message):
         Combine.model_validate(settings)
+
+
+def test_a_misspelt_setting_is_refused_with_those_there_are():
+    for combine, told in (
+        ({"weight": "learned"}, r"combine.weight: must be one of weights, keep, power, distance, gate \(found 'learned'\)"),
+        ({"gate": {"width": 3}}, r"combine.gate.width: must be one of clusters, targets, share, .* \(found 3\)"),
+    ):
+        with pytest.raises(KdlibError, match=told):
+            profiles.parameters("05_ensemble", "smoke", combine=combine)
+
 
 
 @pytest.mark.parametrize(

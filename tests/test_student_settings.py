@@ -634,7 +634,7 @@ def features(**settings):
         ({"objective": "online_kd", **features(weight=float("inf"))}, "features.weight: .*finite number"),
         ({"objective": "online_kd", **features(weight=0)}, "features.weight.*greater than 0"),
         ({"objective": "online_kd", **features(of="hidden")}, "features.of: .*'hidden_mse'"),
-        ({"objective": "online_kd", **features(layer_map="last")}, "features.layer_map: Extra inputs"),
+        ({"objective": "online_kd", **features(layer_map="last")}, "features.layer_map: must be one of of, weight, layers, .* \\(found 'last'\\)"),
         ({"objective": "online_kd", **features(last_k=2)}, "last_k must be given with layers=last_k and only then, got 2"),
         ({"objective": "online_kd", **features(layers="last_k")}, "last_k must be given with layers=last_k.*got None"),
         ({"objective": "online_kd", **features(relations=[])}, "relations.*at least 1 item"),
