@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from scipy import stats
 from tiny_study import make, step, train_split
+from torch.distributed import checkpoint
 
 from kdlib.ensemble import weights as learned
 from kdlib.ensemble.model import EnsembleForCausalLM
@@ -22,6 +23,7 @@ from kdlib.errors import KdlibError
 from kdlib.evaluation.metrics import evaluate
 from kdlib.runs import artefacts, combiners
 from kdlib.runs.card import interval
+from kdlib.study import profiles
 from kdlib.study.combining import Combine
 from kdlib.study.profiles import REPOSITORY
 from kdlib.study.store import Run
@@ -62,6 +64,16 @@ def members_of(profile):
 def test_settings_that_say_no_one_way_are_refused(settings, message):
     with pytest.raises(ValidationError, match=message):
         Combine.model_validate(settings)
+
+
+def test_a_misspelt_setting_is_refused_with_those_there_are():
+    for combine, told in (
+        ({"weight": "learned"}, r"combine.weight: must be one of weights, keep, power, distance, gate \(found 'learned'\)"),
+        ({"gate": {"width": 3}}, r"combine.gate.width: must be one of clusters, targets, share, .* \(found 3\)"),
+    ):
+        with pytest.raises(KdlibError, match=told):
+            profiles.parameters("05_ensemble", "smoke", combine=combine)
+
 
 
 @pytest.mark.parametrize(
@@ -162,6 +174,19 @@ def test_a_calibrated_ensemble_is_saved_with_the_temperature_that_its_metrics_te
     ids = torch.arange(5, 15)[None]
     softened = torch.log_softmax(other(ids).logits / run.metrics["temperature"], -1)
     assert torch.allclose(model(ids).logits, softened, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_member_may_be_a_folder_with_a_distributed_checkpoint(profile, tmp_path):
+    one, other = MEMBERS[:2]
+    trained = make(profile, **one["student"])
+    shutil.copytree(trained.path / "model", tmp_path / "model", ignore=lambda *_: ["model.safetensors"])
+    checkpoint.save({"model": artefacts.load_model(trained).state_dict(), "step": 3}, checkpoint_id=tmp_path / "model", no_dist=True)
+    given = make(profile, "05_ensemble", members=[str(tmp_path / "model"), other], seeds=[1], student=CE)
+    plain = make(profile, "05_ensemble", members=[one, other], seeds=[1], student=CE)
+    assert given.id != plain.id and any(member.startswith("teacher-") for member in given.metrics["members"])
+    for split, measured in plain.metrics["evaluation"].items():
+        assert given.metrics["evaluation"][split]["nll"] == pytest.approx(measured["nll"], abs=1e-6)
 
 
 def card_of(run):

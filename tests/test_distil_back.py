@@ -48,7 +48,7 @@ def test_members_that_teach_may_be_unlike_the_student():
         ({"teachers": 2, "of": "distil_back"}, "formed by another method, got 2 of distil_back"),
         ({"teachers": [1, 1]}, "seeds must be unique"),
         ({"teachers": 2, "of": "magic"}, "method must be one of"),
-        ({"teachers": 2, "options": {"share": 0.5}}, "Options of method independent must be among none"),
+        ({"teachers": 2, "options": {"share": 0.5}}, "Options of method independent must be among vary"),
         ({"teachers": 2, "student": {"objective": "ce"}}, "objective must be kd or online_kd .*got ce"),
         ({"teachers": 2, "student": {"targets": {"kind": "dense"}}, "options": {"student": {}}}, "must not be dense"),
         ({"number": 2}, "must be among of, options, teachers, pool, got number: Extra inputs"),

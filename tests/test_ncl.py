@@ -62,6 +62,7 @@ LOOP = {"objective": "online_kd"}
         ({"student": {"stages": [{"share": 1.0, "learning_rate_multipliers": {}}]}}, "must be without stages, got"),
         ({"student": {"divergence": "jsd", "targets": {"kind": "dense"}}}, "must be without divergence, got jsd"),
         ({"student": {"beside": {"runs": [{"student": {}}]}}}, "must be without beside, got"),
+        ({"student": {"start": {"student": {}}}}, "must be without start, got"),
         ({"student": {"low_precision": "optimizer_and_backward"}}, "must be without low_precision, got optimizer_and_backward"),
         ({"student": {"layers": 0}}, "layers: .*greater than 0"),
     ],
@@ -97,12 +98,13 @@ def weights(run, number):
 
 
 @pytest.mark.parametrize("student", [{"objective": "ce"}, {"noise": 0.1}], ids=["ce", "kd"])
-def test_without_coupling_the_first_member_is_the_student_of_its_seed(profile, student):
+def test_without_coupling_members_are_the_students_of_their_seeds_in_the_order_of_the_first(profile, student):
     run, alone = make(profile, "09_joint", coupling=0.0, student=student), make(profile, **student, seed=1)
-    found, expected = weights(run, 1), saved(alone)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5)
+    for number, one in enumerate((alone, make(profile, **student, seed=2, data_seed=1)), 1):
+        found, expected = weights(run, number), saved(one)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5)
     member = make(profile, "09_member", of={"joint": {"coupling": 0.0, "student": student}})
     for split, values in alone.metrics["evaluation"].items():
         assert member.metrics["evaluation"][split]["nll"] == pytest.approx(values["nll"], abs=1e-5)
@@ -112,7 +114,7 @@ def test_without_coupling_the_first_member_is_the_student_of_its_seed(profile, s
     for name in ("tokens", "steps"):
         assert member.metrics["training"][name] == run.metrics["training"][name] == alone.metrics["training"][name]
     assert member.metrics["parameters"] == alone.metrics["parameters"]
-    assert weights(run, 2)["model.norm.weight"].ne(found["model.norm.weight"]).any()
+    assert weights(run, 2)["model.norm.weight"].ne(weights(run, 1)["model.norm.weight"]).any()
 
 
 def test_a_run_that_is_interrupted_ends_with_the_weights_of_one_that_was_not(profile, monkeypatch):

@@ -79,7 +79,7 @@ def test_generated_tables_hold_a_line_for_every_row_of_their_csv(copy):
     folder = paper.generate("smoke")
     written = [stem for one in outputs.analyses(store.grids("smoke")).values() for stem in one.tables]
     shown = {name: table for name, table in report.TABLES.items() if table.csv in written}
-    shown["kd_weight"] = report.tables("smoke")["kd_weight"]
+    shown |= {name: report.tables("smoke")[name] for name in ("kd_weight", "chain", "chain_growth")}
     assert {path.stem for path in folder.glob("table-*")} == {f"table-{name}" for name in shown}
     for name, table in shown.items():
         text = (folder / f"table-{name}.tex").read_text(encoding="utf-8")

@@ -148,9 +148,10 @@ def test_the_same_results_give_the_same_bytes_without_a_notebook_or_torch(home, 
     shutil.copytree(home / "results" / "smoke" / "runs", tmp_path / "results" / "smoke" / "runs")
     shutil.copy(home / "results" / "smoke" / "plan.json", tmp_path / "results" / "smoke")
     code = []
-    for name in READERS:  # with the defaults that are in them, which are those of the smoke profile
-        notebook = nbformat.read(REPOSITORY / "notebooks" / f"{name}.ipynb", as_version=4)
-        code.append("\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code"))
+    for one in outputs.analyses(store.grids("smoke")).values():  # with the defaults that are in them, which are those of the smoke profile
+        notebook = nbformat.read(REPOSITORY / "notebooks" / f"{one.notebook}.ipynb", as_version=4)
+        cells = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+        code.append(re.sub(r'(?m)^grid = "\w+"$', f"grid = {one.grid!r}", cells))
     program = "import sys\n" + "".join(f"exec({one!r}, {{}})\n" for one in code) + 'assert "torch" not in sys.modules'
     monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
     monkeypatch.setenv("MPLBACKEND", "agg")
@@ -463,9 +464,12 @@ def test_every_grid_has_an_analysis_whose_files_no_other_writes():
     analyses = outputs.analyses(held)
     files = [stem for analysis in analyses.values() for stem in analysis.tables]
     own = [*outputs.COMPARISON, outputs.TARGETS]
-    assert len(files) == len(set(files)) == sum(len(one.tables) for one in own) + 3 * (len(held) - 1)
+    grown = [name for name, about in grids.KNOWN.items() if about.growth]
+    assert len(files) == len(set(files)) == sum(len(one.tables) for one in own) + 3 * (len(held) - 1) + len(grown)
+    assert grown == ["chain"] and analyses["14_growth_chain"].arguments == ["notebooks/14_growth.ipynb", "--set", "grid=chain"]
     assert list(analyses)[:6] == ["10_objectives", "11_target_fidelity", "12_methods", "15_calibration", "17_cost", "21_grid_weights"]
-    assert [analysis.grid for analysis in analyses.values() if analysis.grid][1:6] == list(grids.KNOWN)
+    drawn = [analysis.grid for analysis in analyses.values() if analysis.notebook == outputs.GRID_NOTEBOOK]
+    assert drawn[: len(grids.KNOWN)] == list(grids.KNOWN)
     assert analyses["21_grid_depth"].arguments == ["notebooks/21_grid.ipynb", "--set", "grid=depth"]
     assert analyses["11_target_fidelity"].arguments == ["notebooks/11_target_fidelity.ipynb"]
 
@@ -479,7 +483,7 @@ def test_the_description_of_a_grid_names_panels_that_there_are(name):
     about = grids.describe(name)
     assert set(about.panels) <= set(panels.PANELS) and len(about.panels) == len(about.widths)
     assert about.about.startswith("**") and about.student.format("x") != about.student
-    assert {"Student", "NLL", "ECE"} <= set(about.columns)
+    assert {"NLL", "ECE"} <= set(about.columns) and ("Student" in about.columns) != ("Ensemble" in about.columns)
 
 
 @pytest.mark.parametrize(

@@ -438,10 +438,9 @@ class Staged(DistillationTrainer):
         return about
 
 
-def train_in_stages(folder, monkeypatch, stages=MLP_FIRST, stop=None, changes=None, features=False):
+def train_in_stages(folder, stages=MLP_FIRST, stop=None, changes=None, features=False):
     """A run of stages: its metrics, its weights, and what :class:`Staged` kept."""
     kind = type("Kept", (Staged,), {"made": [], "began": [], "ended": [], "stop": stop})
-    monkeypatch.setattr("kdlib.training.stages.DistillationTrainer", kind)
     train, validation = make_split(documents=20), make_split("validation", seed=1, documents=4)
     values = profiles.parameters("04_student", "smoke", **VALUES | (changes or {}))
     model, objective = make_model(0), None
@@ -454,12 +453,12 @@ def train_in_stages(folder, monkeypatch, stages=MLP_FIRST, stop=None, changes=No
         objective = Objective([FeatureTerm(FeatureLoss(model, teacher, "hidden_mse"))], teacher)
     folder.mkdir(exist_ok=True)
     read = text.TrainingText(train)
-    metrics = train_model(model, values, read, validation, BLOCK, folder, objective=objective, stages=stages)
+    metrics = train_model(model, values, read, validation, BLOCK, folder, objective=objective, stages=stages, kind=kind)
     return metrics, weights(model), kind
 
 
-def test_a_first_stage_leaves_what_it_freezes_bit_for_bit_and_the_second_trains_all(tmp_path, monkeypatch):
-    _, _, kept = train_in_stages(tmp_path, monkeypatch)
+def test_a_first_stage_leaves_what_it_freezes_bit_for_bit_and_the_second_trains_all(tmp_path):
+    _, _, kept = train_in_stages(tmp_path)
     start = weights(make_model(0))
     first, last = kept.ended
     assert {name for name in start if not torch.equal(start[name], first[name])} == {
@@ -469,8 +468,8 @@ def test_a_first_stage_leaves_what_it_freezes_bit_for_bit_and_the_second_trains_
     assert all(not torch.equal(first[name], last[name]) for name in start)
 
 
-def test_each_stage_has_an_optimiser_and_an_order_of_rows_of_its_own(tmp_path, monkeypatch):
-    _, _, kept = train_in_stages(tmp_path, monkeypatch)
+def test_each_stage_has_an_optimiser_and_an_order_of_rows_of_its_own(tmp_path):
+    _, _, kept = train_in_stages(tmp_path)
     one, other = kept.made
     assert one.optimizer is not other.optimizer
     for trainer in kept.made:
@@ -482,9 +481,9 @@ def test_each_stage_has_an_optimiser_and_an_order_of_rows_of_its_own(tmp_path, m
 
 @pytest.mark.parametrize("shares", [(0.5, 0.5), (0.3, 0.3, 0.4), (0.05, 0.95), (1.0,)])
 @pytest.mark.parametrize("epochs", [1, 2.3, 3])
-def test_stages_share_out_the_steps_of_a_run_without_stages(tmp_path, monkeypatch, shares, epochs):
+def test_stages_share_out_the_steps_of_a_run_without_stages(tmp_path, shares, epochs):
     stages = [Stage(share=share, learning_rate_multipliers={}) for share in shares]
-    metrics, _, kept = train_in_stages(tmp_path, monkeypatch, stages, changes={"epochs": epochs, "batch_size": 1})
+    metrics, _, kept = train_in_stages(tmp_path, stages, changes={"epochs": epochs, "batch_size": 1})
     index = pack(make_split(documents=20).windows(BLOCK), BLOCK)
     values = profiles.parameters("04_student", "smoke", **VALUES | {"epochs": epochs, "batch_size": 1})
     assert metrics["steps"] == sum(trainer.steps for trainer in kept.made) == steps(values, len(index))
@@ -493,8 +492,8 @@ def test_stages_share_out_the_steps_of_a_run_without_stages(tmp_path, monkeypatc
     )
 
 
-def test_the_log_of_a_run_counts_on_through_its_stages(tmp_path, monkeypatch):
-    metrics, _, _ = train_in_stages(tmp_path, monkeypatch)
+def test_the_log_of_a_run_counts_on_through_its_stages(tmp_path):
+    metrics, _, _ = train_in_stages(tmp_path)
     rows = read_log(tmp_path / "log.csv")
     taken = [row for row in rows if row["loss"]]
     assert [int(row["step"]) for row in taken] == list(range(1, metrics["steps"] + 1))
@@ -511,15 +510,13 @@ def test_the_log_of_a_run_counts_on_through_its_stages(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("features", [False, True], ids=["plain", "features"])
 @pytest.mark.parametrize("stop", [(0, 4), (1, 1), (1, 6)], ids=str)
-def test_a_run_stopped_in_any_stage_ends_with_the_weights_and_log_of_one_that_was_not(
-    tmp_path, monkeypatch, features, stop
-):
+def test_a_run_stopped_in_any_stage_ends_with_the_weights_and_log_of_one_that_was_not(tmp_path, features, stop):
     # The first stage freezes the projectors as well, and the second is to train them.
     options = {"features": features}
-    _, whole, kept = train_in_stages(tmp_path / "whole", monkeypatch, **options)
+    _, whole, kept = train_in_stages(tmp_path / "whole", **options)
     with pytest.raises(KeyboardInterrupt):
-        train_in_stages(tmp_path / "cut", monkeypatch, stop=stop, **options)
-    _, resumed, again = train_in_stages(tmp_path / "cut", monkeypatch, **options)
+        train_in_stages(tmp_path / "cut", stop=stop, **options)
+    _, resumed, again = train_in_stages(tmp_path / "cut", **options)
     assert same(whole, resumed)
     logs = [
         [(row["step"], row["tokens"], row["loss"], row["feature"]) for row in read_log(tmp_path / name / "log.csv")]
@@ -533,10 +530,10 @@ def test_a_run_stopped_in_any_stage_ends_with_the_weights_and_log_of_one_that_wa
         assert not same(weights(fresh), weights(one))
 
 
-def test_stages_that_a_run_has_no_steps_for_are_refused_before_anything_is_trained(tmp_path, monkeypatch):
+def test_stages_that_a_run_has_no_steps_for_are_refused_before_anything_is_trained(tmp_path):
     for epochs in (0, 0.01):
         with pytest.raises(KdlibError, match="Every stage must have at least one step, got .* for [01] steps"):
-            train_in_stages(tmp_path, monkeypatch, changes={"epochs": epochs})
+            train_in_stages(tmp_path, changes={"epochs": epochs})
     assert not list(tmp_path.iterdir())
 
 
@@ -637,7 +634,7 @@ def features(**settings):
         ({"objective": "online_kd", **features(weight=float("inf"))}, "features.weight: .*finite number"),
         ({"objective": "online_kd", **features(weight=0)}, "features.weight.*greater than 0"),
         ({"objective": "online_kd", **features(of="hidden")}, "features.of: .*'hidden_mse'"),
-        ({"objective": "online_kd", **features(layer_map="last")}, "features.layer_map: Extra inputs"),
+        ({"objective": "online_kd", **features(layer_map="last")}, "features.layer_map: must be one of of, weight, layers, .* \\(found 'last'\\)"),
         ({"objective": "online_kd", **features(last_k=2)}, "last_k must be given with layers=last_k and only then, got 2"),
         ({"objective": "online_kd", **features(layers="last_k")}, "last_k must be given with layers=last_k.*got None"),
         ({"objective": "online_kd", **features(relations=[])}, "relations.*at least 1 item"),

@@ -66,45 +66,6 @@ _ENSEMBLES = Grid(
     widths=(1, 1),
 )
 KNOWN = {
-    "leaderboard": replace(
-        _ENSEMBLES,
-        stem="leaderboard",
-        about="**Which way of forming an ensemble is worth it at equal compute?** Groups of students that are formed in unlike ways, "
-        "against independent ones. FLOPs are all that making an ensemble took, scoring and written text included, but the teacher's "
-        "training: where they are not one times the reference's, compute is not equal. All share the student's settings, which were "
-        "not tuned for any method. The figure: differences from the reference on test and out-of-domain text.",
-    ),
-    "chain": replace(
-        _ENSEMBLES,
-        stem="chain",
-        about="**Who should teach the next member?** Nobody but the profile's teacher (independent), the member before it (chain), the "
-        "first (star), or the pool of all before it (all previous). The figure: differences from independent members on test and "
-        "out-of-domain text. What every further member adds is told by `14_growth`.",
-        growth=True,
-    ),
-    "pools": replace(
-        _ENSEMBLES,
-        stem="pools",
-        about="**How should members be combined, and does it matter how many there are?** The same members, averaged as probabilities, "
-        "as logits, or with weights fitted to calibration text. The figure: test loss against the number of members, as it is and "
-        "with the temperature that fits calibration text best.",
-        panels=("size", "size, calibrated"),
-    ),
-    "routing": replace(
-        _ENSEMBLES,
-        stem="routing",
-        about="**Are members that know one kind of text each worth routing to?** Members that learned most from one cluster of documents "
-        "each (c-BTM), combined by routers or alike, against random clusters and against one student on as many tokens. The figure: "
-        "differences from the reference on test and out-of-domain text, and by domain.",
-        panels=("difference in domain", "difference out of domain", "domains"),
-        widths=(1, 1, 1.1),
-    ),
-    "tuning": replace(
-        _ENSEMBLES,
-        stem="tuning",
-        about="**Are settings that suit one student those that suit an ensemble of them?** Epochs and weight decay, chosen on validation "
-        "text for one and for four. The figure: differences from the reference on test and out-of-domain text.",
-    ),
     "weights": Grid(
         stem="kd_weight",
         about="**How much should a student listen to its teacher, how softly, and when?** `kd_weight` shares a student's loss between "
@@ -166,6 +127,45 @@ KNOWN = {
         numbers={"ood": "{ood_nll:.3f}", "tokens": "{tokens:si}"},
         panels=("difference in domain", "difference out of domain"),
         widths=(1, 1),
+    ),
+    "leaderboard": replace(
+        _ENSEMBLES,
+        stem="leaderboard",
+        about="**Which way of forming an ensemble is worth it at equal compute?** Groups of students that are formed in unlike ways, "
+        "against independent ones. FLOPs are all that making an ensemble took, scoring and written text included, but the teacher's "
+        "training: where they are not one times the reference's, compute is not equal. All share the student's settings, which were "
+        "not tuned for any method. The figure: differences from the reference on test and out-of-domain text.",
+    ),
+    "chain": replace(
+        _ENSEMBLES,
+        stem="chain",
+        about="**Who should teach the next member?** Nobody but the profile's teacher (independent), the member before it (chain), the "
+        "first (star), or the pool of all before it (all previous). The figure: differences from independent members on test and "
+        "out-of-domain text. What every further member adds is told by `14_growth`.",
+        growth=True,
+    ),
+    "pools": replace(
+        _ENSEMBLES,
+        stem="pools",
+        about="**How should members be combined, and does it matter how many there are?** The same members, averaged as probabilities, "
+        "as logits, or with weights fitted to calibration text. The figure: test loss against the number of members, as it is and "
+        "with the temperature that fits calibration text best.",
+        panels=("size", "size, calibrated"),
+    ),
+    "routing": replace(
+        _ENSEMBLES,
+        stem="routing",
+        about="**Are members that know one kind of text each worth routing to?** Members that learned most from one cluster of documents "
+        "each (c-BTM), combined by routers or alike, against random clusters and against one student on as many tokens. The figure: "
+        "differences from the reference on test and out-of-domain text, and by domain.",
+        panels=("difference in domain", "difference out of domain", "domains"),
+        widths=(1, 1, 1.1),
+    ),
+    "tuning": replace(
+        _ENSEMBLES,
+        stem="tuning",
+        about="**Are settings that suit one student those that suit an ensemble of them?** Epochs and weight decay, chosen on validation "
+        "text for one and for four. The figure: differences from the reference on test and out-of-domain text.",
     ),
 }
 

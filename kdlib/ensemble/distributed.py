@@ -90,7 +90,7 @@ class SharedEnsemble(EnsembleForCausalLM):
 
     @property
     def pool(self):
-        """None: it takes all members.
+        """Refused, since it takes all members.
 
         Raises:
             KdlibError: always.

@@ -72,7 +72,7 @@ class _Reader(FileSystemReader):
             raise
         except Exception as error:  # a damaged pickle raises nearly anything
             raise KdlibError(f"{self.folder / METADATA} must be readable, got {type(error).__name__}: {error}. Copy it again.") from error
-        if not isinstance(found, Metadata) or not isinstance(found.storage_data, dict):
+        if not (isinstance(found, Metadata) and isinstance(found.state_dict_metadata, dict) and isinstance(found.storage_data, dict)):
             raise KdlibError(f"{self.folder / METADATA} must describe a checkpoint, got {type(found).__name__}. Copy it again.")
         return found
 
@@ -113,11 +113,14 @@ _DESCRIPTIONS = {*metadata.__all__, "_MEM_FORMAT_ENCODING"}
 def _names(folder: Path, found: Metadata, expected: Mapping[str, torch.Size]) -> dict[str, str]:
     """The checkpoint's key of each of the model's tensors that it holds."""
     keys = {".".join(part for part in key.split(".") if part not in WRAPPERS): key for key in found.state_dict_metadata}
+    if len(keys) < len(found.state_dict_metadata):
+        twice = sorted(set(found.state_dict_metadata) - set(keys.values()))
+        raise KdlibError(f"{folder} must hold each tensor once, got {_some(twice)} with a wrapper's name and without. Save the model alone.")
     places = Counter()
     for key in keys:
         parts = key.split(".")
         for number in range(len(parts)):
-            if ".".join(parts[number:]) in expected:
+            if ".".join(parts[number:]) in expected and not any(part.startswith("optim") for part in parts[:number]):
                 places["".join(f"{part}." for part in parts[:number])] += 1
     most = max(places.values(), default=0)
     best = [place for place, count in places.items() if count == most]

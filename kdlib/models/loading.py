@@ -189,6 +189,6 @@ def _loading(source: str | Path) -> Iterator[None]:
         raise
     except (OSError, ValueError) as error:
         raise KdlibError(
-            f"{source} must be a .gguf file, a folder of save_pretrained with safetensors or of torch.distributed.checkpoint, or a hub id, "
-            f"got {' '.join(str(error).split())[:300]}."
+            f"{source} must be a .gguf file, a folder of save_pretrained with safetensors or of torch.distributed.checkpoint, or a "
+            f"Hugging Face id without own code, got {' '.join(str(error).split())[:300]}."
         ) from error

@@ -7,6 +7,7 @@ notebook, so a notebook run with ``--profile quick`` and one run by hand with th
 
 import difflib
 import re
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
@@ -324,5 +325,23 @@ def _validated(model: type[BaseModel], values: dict, where: str):
             place = ".".join(map(str, named)) or "settings"
             # Our own validators say what they found; their input would be the whole section, or the whole profile.
             found = "" if problem["type"] in ("missing", "value_error") else f" (found {problem['input']!r})"
-            problems.append(f"{place}: {problem['msg'].removeprefix('Value error, ')}{found}")
+            told = problem["msg"].removeprefix("Value error, ")
+            if problem["type"] == "extra_forbidden" and (names := _names_at(model, problem["loc"][:-1])):
+                told = f"must be one of {', '.join(names)}"
+            problems.append(f"{place}: {told}{found}")
         raise KdlibError(f"Bad {where}. " + "; ".join(problems) + ".") from None
+
+
+def _names_at(model: type[BaseModel], place: Sequence[str | int]) -> list[str]:
+    """The settings that there are in a nested one; none where it has no names of its own."""
+    for part in place:
+        if part in model.model_fields:
+            waiting, found = [model.model_fields[part].annotation], []
+            while waiting:
+                one = waiting.pop()
+                waiting += get_args(one)
+                found += [one] if isinstance(one, type) and issubclass(one, BaseModel) else []
+            if not found:
+                return []
+            model = found[0]
+    return list(model.model_fields)

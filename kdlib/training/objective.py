@@ -104,6 +104,7 @@ class Objective:
             )
         if getattr(signal, "router", None) is not None:
             raise KdlibError("A teacher in the loop must have no router, got a routed ensemble. Write its targets and learn from those.")
+        _ = self.teacher.pool if isinstance(self.teacher, EnsembleForCausalLM) else None  # refused by a share of an ensemble
         if signal is None and self.weight != as_schedule(0.0):
             raise KdlibError("A distillation term must have a signal, got none. Give cached targets or a teacher.")
         if self.features is not None and self.teacher is None:

@@ -29,7 +29,7 @@ def train_model(
     objective: Objective | None = None,
     stages: Sequence[Stage] = (),
     multipliers: dict | None = None,
-    kind: type[DistillationTrainer] = DistillationTrainer,
+    kind: type[DistillationTrainer] | None = None,
 ) -> dict:
     """Train a model on text, in one stage or several, from wherever an interrupted attempt left off.
 
@@ -43,7 +43,7 @@ def train_model(
         objective: terms and signal, as :class:`kdlib.training.DistillationTrainer` takes them.
         stages: parts with multipliers and an optimiser of their own; together they take the steps of a run without any.
         multipliers: regular expression on parameter names -> learning-rate multiplier.
-        kind: of trainer; :class:`kdlib.training.JointTrainer` for members that are trained together.
+        kind: of trainer; :class:`kdlib.training.JointTrainer` for members that are trained together, None for one model.
 
     Returns:
         tokens, teacher_tokens, steps, seconds, tokens_per_second, flops, peak_memory_bytes, final_loss, work.
@@ -57,8 +57,17 @@ def train_model(
             model.requires_grad_(True)
             if objective is not None and objective.features is not None:
                 objective.features.loss.requires_grad_(True)
-        place = folder / f"stage-{number}" if stages else folder
-        trainer = kind(model, settings, text, index, place, objective, multipliers, validation, _rows(validation, block_length))
+        trainer = (kind or DistillationTrainer)(
+            model,
+            settings,
+            text,
+            index,
+            folder / f"stage-{number}" if stages else folder,
+            objective,
+            multipliers=multipliers,
+            validation=validation,
+            validation_index=_rows(validation, block_length),
+        )
         found.append(trainer.fit())
     if stages:
         _join_stages(folder, len(stages))
@@ -76,8 +85,8 @@ def trainer_of(
     model, values, text: TrainingText, validation: corpus.Split, block_length: int, folder: Path, objective: Objective, multipliers: dict
 ) -> DistillationTrainer:
     """The trainer with which :func:`train_model` trains a model in one stage; arguments as there."""
-    rows, measured = _rows(text, block_length), _rows(validation, block_length)
-    return DistillationTrainer(model, values, text, rows, folder, objective, multipliers, validation, measured)
+    options = {"multipliers": multipliers, "validation": validation, "validation_index": _rows(validation, block_length)}
+    return DistillationTrainer(model, values, text, _rows(text, block_length), folder, objective, **options)
 
 
 def _rows(text: TrainingText | corpus.Split, block_length: int, tokens: int | None = None) -> np.ndarray:
