@@ -146,6 +146,7 @@ def test_on_a_cpu_students_go_one_by_one_unless_asked_otherwise_and_on_a_gpu_the
     assert fake.packs == [] and capsys.readouterr().out == ""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     through(students(*range(10, 30)))
     assert [len(one) for one in fake.packs] == [16, 4]
 

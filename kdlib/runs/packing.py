@@ -110,6 +110,8 @@ class Packer:
 
 def _trained(trainers: Sequence[DistillationTrainer]) -> type[Exception] | None:
     """Train at once. What goes wrong is told and not raised: others are as well as ever, and a run that fails does so in its turn."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # as before a run by itself
     try:
         PackedTrainer(trainers).fit()
     except torch.OutOfMemoryError:

@@ -42,8 +42,8 @@ class PackedTrainer(Trainer):
     So ``fit`` of each trainer afterwards, or of one made anew on its folder, reads the weights back and tells of the run. Killed
     on the way, it goes on from the newest step that all runs have a checkpoint of, packed or one by one.
 
-    In the logs, ``seconds`` are the K-th part of those that passed, validation apart, so that sums over runs stay true; memory is
-    that of all runs together.
+    In the logs, ``seconds`` are the K-th part of those that passed, so that sums over runs stay true (``validation_seconds`` are
+    each run's own); memory is that of all runs together.
 
     Args:
         runs: trainers as each run has by itself. Their models become views of the stacked weights.
