@@ -15,6 +15,7 @@ from kdlib.errors import KdlibError
 from kdlib.study.schedules import Schedule
 from kdlib.training import Coupling, Distillation, DistillationTrainer, Objective, PackedTrainer, read_log
 from kdlib.training.checkpoints import common_step, last_step, newest_checkpoint
+from kdlib.training.log import StepLog
 from kdlib.training.packed import unlike
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -236,3 +237,17 @@ def test_runs_that_are_not_alike_are_told_why(tmp_path, reason):
     assert unlike([first, other]).startswith(reason)
     with pytest.raises(KdlibError, match=f"must be alike to be trained packed, got {reason}"):
         PackedTrainer([first, other])
+
+
+def test_runs_share_the_seconds_in_which_they_are_trained_at_once(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("kdlib.training.log.time.perf_counter", lambda: now[0])
+    log = StepLog(tmp_path / "log.csv")
+    log.resume(0)
+    now[0] += 6
+    assert log.seconds == 6
+    log.sharing = 3
+    log.write(1, 0.5, {"loss": 1.0})
+    log.resume(1)
+    now[0] += 3
+    assert log.seconds == 2 + 1, "those before an interruption are in the log as they were shared"
