@@ -34,8 +34,7 @@ class Packer:
         steps: the runs that are to be made, in their order.
         inputs_of: a run -> the runs that it reads, made now unless they exist.
         with_artefact: whether runs of which only the results are here are made again.
-        pack: how many are trained at once at most. None: some on a GPU, and one on a CPU, which is busy with one: eight at once
-            trained 0.6 to 1.1 times as fast there as one after another.
+        pack: how many are trained at once at most. None: some on a GPU, and one on a CPU, which one keeps busy.
     """
 
     def __init__(self, steps: Sequence[Step], inputs_of: Callable[[Step], dict[str, Run]], with_artefact: bool = False, pack: int | None = None):
