@@ -15,11 +15,14 @@ env: .venv/ready  ## the environment, made once from the lock files
 # Modules are byte-compiled when they are first imported (--no-compile): most never are. Images that forbid Python to write
 # bytecode would compile them again in every process of a study.
 export PYTHONDONTWRITEBYTECODE :=
+# A few packages come as source alone: they are built with the setuptools of the lock, not with whichever is newest.
 # The marker is written last, and the folder is emptied first: an environment that was interrupted half-way is made anew.
 .venv/ready: requirements.lock torch.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"kdlib needs Python 3.11 to 3.13; {sys.executable} is {v[0]}.{v[1]}. Try: make env PYTHON=python3.12")'
 	$(PYTHON) -m venv --clear .venv
-	$(RUN) pip install --quiet --no-compile --require-hashes --no-deps -r requirements.lock
+	@sed -n '/^setuptools==/,/[^\\]$$/p' requirements.lock > .venv/setuptools.lock
+	$(RUN) pip install --quiet --no-compile --require-hashes --no-deps -r .venv/setuptools.lock
+	$(RUN) pip install --quiet --no-compile --require-hashes --no-deps --no-build-isolation -r requirements.lock
 	$(RUN) pip install --quiet --no-compile -r torch.lock
 	$(RUN) pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@

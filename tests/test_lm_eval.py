@@ -1,6 +1,5 @@
 """A saved ensemble in a fresh process: it writes text, and lm-eval's own ``hf`` class scores it."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -101,7 +100,6 @@ def test_a_saved_ensemble_writes_text_in_a_fresh_process(ensemble, saved, tmp_pa
     assert fresh(WRITES, saved, tmp_path)["text"] == " ".join(f"w{i}" for i in written[0].tolist())
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
 def test_the_stock_class_of_lm_eval_scores_an_ensemble(ensemble, saved, tmp_path):
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(one) + "\n" for one in DOCUMENTS), encoding="utf-8")
     data = {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}}}

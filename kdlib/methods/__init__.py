@@ -9,9 +9,10 @@ from abc import ABC, abstractmethod
 from importlib import import_module
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kdlib.errors import KdlibError
+from kdlib.study.parameters import Seeds
 from kdlib.study.plan import Planner, Step
 
 
@@ -20,15 +21,8 @@ class Method(BaseModel, ABC):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    seeds: list[int] = Field(min_length=1, description="one member a seed")
+    seeds: Seeds = Field(description="one member a seed")
     student: dict[str, Any] = Field({}, description="what sets all members apart from the profile's student section")
-
-    @field_validator("seeds")
-    @classmethod
-    def _seeds_differ(cls, seeds: list[int]) -> list[int]:
-        if len(set(seeds)) < len(seeds):
-            raise ValueError(f"seeds must be unique, since a member is a seed, got {seeds}")
-        return seeds
 
     @abstractmethod
     def members(self, plan: Planner) -> list[Step]:

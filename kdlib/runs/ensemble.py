@@ -25,7 +25,7 @@ class Parameters(parameters.Parameters):
     method: str = Field("independent", description="how members are formed: a module of kdlib.methods")
     options: dict[str, Any] = Field({}, description="options of the method, such as share of bagging")
     student: parameters.Settings = Field(description="what sets all members apart from the profile's student section")
-    seeds: list[parameters.Seed] = Field(min_length=1, description="one member a seed")
+    seeds: parameters.Seeds = Field(description="one member a seed")
     members: Annotated[list[Ref], Field(min_length=1)] | None = Field(
         None, description="these runs, in place of method, options, student and seeds"
     )
@@ -43,12 +43,6 @@ class Parameters(parameters.Parameters):
         "calibration text best. Metrics tell of both in any case",
     )
     precision: parameters.Precision = Field(description="autocast of the evaluation")
-
-    @model_validator(mode="after")
-    def _members_differ(self):
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds must be unique, since a member is a seed, got {self.seeds}")
-        return self
 
     @model_validator(mode="after")
     def _combined_as_probabilities(self):

@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from kdlib.errors import KdlibError
 from kdlib.runs import student
@@ -21,20 +21,13 @@ class Parameters(parameters.Parameters):
     """``09_joint``."""
 
     student: parameters.Settings = Field({}, description="what sets all members apart from the profile's student section")
-    seeds: list[parameters.Seed] = Field(
+    seeds: parameters.Seeds = Field(
         [1, 2], min_length=2, description="of the members' initialisation, one a member; all see the rows in the order of the first"
     )
     coupling: parameters.Share = Field(
         0.5, description="weight of the pool's loss; the members' own have 1 - coupling: 0 independent, 1 the pool alone"
     )
     pool: parameters.Pool = Field("logit", description="probability: arithmetic mean of distributions; logit: geometric mean, renormalised")
-
-    @field_validator("seeds")
-    @classmethod
-    def _seeds_differ(cls, seeds: list[int]) -> list[int]:
-        if len(set(seeds)) < len(seeds):
-            raise ValueError(f"seeds must be unique, since a member is a seed, got {seeds}")
-        return seeds
 
     @cached_property
     def members(self) -> list[parameters.TrainingParameters]:

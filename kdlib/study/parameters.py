@@ -12,6 +12,15 @@ from kdlib.study.schedules import require_between, scheduled
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0)]
+
+
+def _differ(seeds: list[int]) -> list[int]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be unique, since a member is a seed, got {seeds}")
+    return seeds
+
+
+Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(_differ)]
 Adaptation = Literal["frozen", "lora", "full", "scratch"]
 Pool = Literal["probability", "logit"]
 Precision = Literal["auto", "float32", "bfloat16"]
