@@ -34,10 +34,16 @@ def test_the_teacher_is_in_the_loop_of_students_that_read_targets_and_tables_say
     assert told == {"ce"}
 
 
+def test_a_share_of_the_text_is_read_as_much_more_often():
+    whole, part = members(student=CE)[0], members(student=CE, share=0.25)[0]
+    assert part.parameters.epochs == 4 * whole.parameters.epochs
+    assert part.id != whole.id
+
+
 def test_what_it_does_not_take_is_refused():
     with pytest.raises(KdlibError, match="text of student must be left out, since the method chooses it, got unigram"):
         members(student=CE | {"text": "unigram"})
-    with pytest.raises(KdlibError, match="must be among temperature, top_p, got temperature: .*greater than 0"):
+    with pytest.raises(KdlibError, match="must be among temperature, top_p, share, got temperature: .*greater than 0"):
         members(temperature=0)
     with pytest.raises(KdlibError, match="seeds must be unique"):
         members([2, 2])
@@ -53,6 +59,7 @@ def test_a_seed_of_its_own_writes_the_same_text_for_every_student(profile):
         return text.way({"generated": settings}).take(given).split.tokens.tolist()
 
     assert written(1, seed=4) == written(2, seed=4) == written(4)
+    assert len(written(4, share=0.5)) == pytest.approx(len(written(4)) / 2, rel=0.1)
     assert written(1) != written(2)
 
 

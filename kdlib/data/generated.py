@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Generated(Way):
-    """As many tokens as the train split has, sampled from the model of a run."""
+    """As many tokens as the train split has, or a share of that, sampled from the model of a run."""
 
     CACHED: ClassVar = False
     UNREAD: ClassVar = frozenset({"by"})
@@ -30,6 +30,7 @@ class Generated(Way):
     temperature: float | None = Field(None, gt=0, le=100, description="of the sampling; None: 1")
     top_p: float | None = Field(None, gt=0, le=1, description="draw from the smallest set of tokens with this probability")
     seed: int | None = Field(None, ge=0, description="of the sampling; None: the student's")
+    share: float | None = Field(None, gt=0, le=1, description="tokens written, as a share of the train split's; None: 1")
 
     def inputs(self, student, plan) -> dict:
         """The run that writes the text."""
@@ -37,7 +38,7 @@ class Generated(Way):
 
     def take(self, given: Given) -> TrainingText:
         """Documents of at most a row each."""
-        writer, tokens = given.load(given.runs["writer"]), int(given.train.documents.tokens.sum())
+        writer, tokens = given.load(given.runs["writer"]), round(given.train.documents.tokens.sum() * (self.share or 1.0))
         # A step of generation takes a GPU as long for few documents as for many.
         rows, temperature = 32 if writer.device.type == "cpu" else 512, self.temperature or 1.0
         seed = given.seed if self.seed is None else self.seed

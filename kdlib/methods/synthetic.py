@@ -15,13 +15,16 @@ class Synthetic(Method):
 
     temperature: float | None = Field(None, gt=0, le=100, description="of the sampling; None: 1, the teacher's own distribution")
     top_p: float | None = Field(None, gt=0, le=1, description="draw from the smallest set of tokens with this probability; None: from all")
+    share: float | None = Field(None, gt=0, le=1, description="tokens written for a member, as a share of the train split's; None: 1")
 
     def members(self, plan: Planner) -> list[Step]:
-        """The student with each seed, on as much text as the train split has, written with that seed."""
-        reads_targets = plan.run("student", **self.student).parameters.objective == "kd"
-        loop = {"objective": "online_kd"} if reads_targets else {}
-        return [plan.student(**self.student_on(self._written(seed)) | loop | {"seed": seed}) for seed in self.seeds]
+        """The student with each seed, on text written with that seed, in as many steps whatever the share."""
+        asked = plan.run("student", **self.student).parameters
+        apart = {"objective": "online_kd"} if asked.objective == "kd" else {}
+        if self.share is not None:
+            apart["epochs"] = asked.epochs / self.share
+        return [plan.student(**self.student_on(self._written(seed)) | apart | {"seed": seed}) for seed in self.seeds]
 
     def _written(self, seed: int) -> dict:
-        asked = {"temperature": self.temperature, "top_p": self.top_p}
+        asked = {"temperature": self.temperature, "top_p": self.top_p, "share": self.share}
         return {"generated": {"seed": seed} | {name: value for name, value in asked.items() if value is not None}}
