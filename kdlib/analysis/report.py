@@ -333,19 +333,20 @@ def _results(profile: str) -> str:
 
 def _studies(profile: str) -> list[str]:
     """What each grid found on test text: who is better or worse than its reference, and by how much."""
-    body, seeds = [], set()
+    body, seeds, within = [], set(), []
     for analysis in outputs.analyses(store.grids(profile)).values():
         if analysis.grid and analysis.findings:
             stem = analysis.tables[0]
             found = rows(profile, f"{stem}_differences", {"split": "test"})
             told = {verdict: [row for row in found if row["verdict"] == verdict] for verdict in ("yes", "no")}
-            cells = ["; ".join(f"{row['a']} ({float(row['difference']):+.2f})" for row in one) for one in told.values()]
+            cells = ["; ".join(f"{row['a']} ({_difference(float(row['difference']))})" for row in one) for one in told.values()]
             undecided = len(found) - sum(map(len, told.values()))
             seeds |= {row["runs"] for row in found}
             lengths = sorted(rows(profile, stem, {}), key=lambda row: float(row["tokens"]))
             tokens = dict.fromkeys(render("{tokens:si}", row) for row in (lengths[0], lengths[-1]))
             study = [f"`{analysis.grid}`", " to ".join(tokens), found[0]["b"]]
             body.append([*study, *(cell or "none" for cell in cells), str(undecided)])
+            within += _equivalent(profile, stem) if f"{stem}_equivalence" in analysis.tables else []
     if not body:
         return []
     about = (
@@ -353,7 +354,20 @@ def _studies(profile: str) -> list[str]:
         "study, paired by seed: who is shown to have the lower test loss, and who is shown not to (difference in nats per token, "
         "p ≤ 0.05 after Holm). Tokens: those that a student, or all members of an ensemble, were trained on, repeated or not."
     )
-    return [about, markdown_table(["Study", "Tokens", "Reference", "Better", "Not better", "Undecided"], body)]
+    table = markdown_table(["Study", "Tokens", "Reference", "Better", "Not better", "Undecided"], body)
+    return [about, table, *within]
+
+
+def _equivalent(profile: str, stem: str) -> list[str]:
+    """Which cells of a grid are shown to have the test loss of its reference."""
+    shown = rows(profile, f"{stem}_equivalence", {"measure": "nll", "verdict": "equivalent"})
+    cells = "; ".join(row["a"] for row in shown)
+    return [f"Within {shown[0]['margin']} nats of `{shown[0]['b']}`, by two one-sided tests: {cells}."] if shown else []
+
+
+def _difference(nats: float) -> str:
+    """Signed, with a digit that is not zero down to 0.001."""
+    return f"{nats:+.2f}" if abs(nats) >= 0.01 else f"{nats:+.3f}"
 
 
 def _benchmarks(path: Path) -> str:

@@ -139,9 +139,8 @@ def teacher(profile: str, table: pd.DataFrame) -> store.Run:
 
 
 def speed_label(profile: str, table: pd.DataFrame) -> str:
-    """What to call the students' tokens a second: with the number of runs that shared the machine, if others did."""
-    shared = store.side_by_side(profile, table.run)
-    return "tokens/s" if shared < 1.5 else f"tokens/s, {shared:.0f} runs side by side"
+    """What to call the students' tokens a second, which others may have slowed down."""
+    return "tokens/s" if store.side_by_side(profile, table.run) < 1.5 else "tokens/s, runs side by side"
 
 
 def means(table: pd.DataFrame) -> pd.DataFrame:
