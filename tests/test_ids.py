@@ -181,6 +181,7 @@ WAYS = {
         "by": ({}, {"student": {"objective": "ce"}}),
         "temperature": ({}, 2.0),
         "top_p": ({}, 0.9),
+        "share": ({}, 0.5),
         "seed": ({}, 7),
     },
 }
