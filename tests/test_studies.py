@@ -85,6 +85,7 @@ GRIDS = {
             "one dense": {"members": 1, "student": {"epochs": 4}},
         },
     },
+    "sweeps": {"seeds": [1, 2], "members": 2, "ensembles": {"independent": {}, "60 %": {"method": "bagging", "options": {"share": 0.6}}}},
     "tuning": {"seeds": [1, 2], "members": 2, "ensembles": {"one": {"members": 1}, "two": {"student": {"weight_decay": 0.05}}}},
     "my_depths": {"seeds": [1, 2], "base": {"batch_size": 4}, "students": {"one layer": {}}, "vary": {"layers": [2, 3]}},
 }  # fmt: skip

@@ -161,6 +161,13 @@ KNOWN = {
         panels=("difference in domain", "difference out of domain", "domains"),
         widths=(1, 1, 1.1),
     ),
+    "sweeps": replace(
+        _ENSEMBLES,
+        stem="sweeps",
+        about="**How much does a method's own setting matter?** Bagging, boosting, negative correlation and snapshots at other settings "
+        "than the leaderboard's, and independent members that differ in initialisation or in the order of their text alone. The figure: "
+        "differences from the reference on test and out-of-domain text.",
+    ),
     "tuning": replace(
         _ENSEMBLES,
         stem="tuning",

@@ -25,6 +25,7 @@ README_PROFILE = "laptop"
 README_FIGURES = {
     "methods": "Negative log-likelihood of every method on test and out-of-domain text, with intervals",
     "objectives": "Students with and without soft targets, seed by seed, and the differences with intervals",
+    "leaderboard": "Ways of forming an ensemble: loss minus that of independent members, on test and out-of-domain text",
     "targets": "Gradient angle, distance from the teacher, test loss and calibration error against bytes a token on disk",
 }
 
