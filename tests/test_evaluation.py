@@ -270,12 +270,20 @@ def test_the_temperature_is_fitted_on_calibration_alone_and_lowers_its_loss_and_
 def test_results_do_not_depend_on_batch_or_chunk_size(monkeypatch):
     data, one = splits("calibration", "test"), model(0)
     whole = evaluate(one, data, BLOCK)
-    monkeypatch.setattr(evaluation, "CHUNK", 5 * VOCABULARY)
+    monkeypatch.setitem(evaluation.CHUNK, "cpu", 5 * VOCABULARY)
     parts = evaluate(one, data, BLOCK, batch_size=1)
     assert np.allclose(parts.documents.nll, whole.documents.nll, rtol=1e-5)
     assert parts.metrics["temperature"] == pytest.approx(whole.metrics["temperature"], rel=1e-4)
     counts = [found.metrics["reliability"]["test"]["raw"]["full_counts"] for found in (parts, whole)]
     assert sum(counts[0]) == sum(counts[1]) == VOCABULARY * len(predicting_positions(data["test"]))
+
+
+@pytest.mark.parametrize("pool", [None, "probability"])
+def test_the_temperature_is_the_same_whether_its_split_is_kept_or_computed_in_every_pass(monkeypatch, pool):
+    data, members = splits("calibration"), model(0) if pool is None else [model(0), model(1)]
+    kept = evaluate(members, data, BLOCK, pool=pool).metrics
+    monkeypatch.setattr(evaluation, "KEPT", 0)
+    assert evaluate(members, data, BLOCK, pool=pool).metrics == kept
 
 
 def test_the_vocabulary_is_never_spread_over_all_positions(monkeypatch):
@@ -288,7 +296,7 @@ def test_the_vocabulary_is_never_spread_over_all_positions(monkeypatch):
         return original(logits)
 
     monkeypatch.setattr(evaluation, "log_probs", watched)
-    monkeypatch.setattr(evaluation, "CHUNK", 10 * VOCABULARY)
+    monkeypatch.setitem(evaluation.CHUNK, "cpu", 10 * VOCABULARY)
     evaluate(model(0), splits("calibration"), BLOCK)
     assert 0 < largest <= 10 * VOCABULARY
 
@@ -327,7 +335,7 @@ def test_scores_of_positions_are_those_of_dense_log_probabilities(monkeypatch, s
     one, data = scorer(), split("test", 3)
     log_p, targets = window_log_probs(one, data).double(), targets_of(data)
     # Chunks that end within a document.
-    monkeypatch.setattr(evaluation, "CHUNK", 7 * VOCABULARY * len(getattr(one, "members", [one])))
+    monkeypatch.setitem(evaluation.CHUNK, "cpu", 7 * VOCABULARY * len(getattr(one, "members", [one])))
     nll = position_scores(one, data, BLOCK, "nll", batch_size)
     entropy = position_scores(one, data, BLOCK, "entropy", batch_size)
     assert nll.dtype == entropy.dtype == np.float32 and len(nll) == len(entropy) == len(predicting_positions(data))

@@ -2,9 +2,9 @@
 position.
 
 The decoder runs over a split once and its hidden states are kept; all else is passes of the output layer over chunks
-of positions, so [positions, V] never exists. Log-probabilities are float32. Perplexity is exp(mean token NLL).
-Calibration is "pool first": one temperature, fitted to the pooled distribution on the calibration split, serves all
-splits.
+of positions, so [positions, V] never exists, but for the calibration split's where it is small (:data:`KEPT`).
+Log-probabilities are float32. Perplexity is exp(mean token NLL). Calibration is "pool first": one temperature, fitted
+to the pooled distribution on the calibration split, serves all splits.
 """
 
 import gc
@@ -34,7 +34,10 @@ from kdlib.losses.reference import target_kl
 from kdlib.models import extent, head, operations
 from kdlib.study.work import Entry, entry
 
-CHUNK = 2**23  # log-probabilities held at once, all members together: 32 MiB of float32
+# Log-probabilities held at once, all members together; elsewhere 32 MiB of float32. On a CPU, larger ones leave the cache, and come
+# from fresh pages.
+CHUNK = {"cpu": 2**21}
+KEPT = 2**29  # log-probabilities of the calibration split that are kept while its temperature is fitted: 2 GiB of float32
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def evaluate(
                 index = pack(split.windows(block_length), block_length)
                 chunks = _chunks(members, split, index, batch_size, autocast, combined)
                 if temperature is None:
-                    temperature = fit_temperature(lambda chunks=chunks: ((pooled, y) for _, pooled, y, _ in chunks))
+                    temperature = fit_temperature(_passes(chunks))
                     _tell_of_bound(temperature)
                 found[name] = _measure(name, chunks, temperature)
                 del chunks
@@ -176,7 +179,7 @@ class _Chunks:
     @property
     def size(self) -> int:
         """Positions in a chunk."""
-        return max(1, CHUNK // (len(self.heads) * len(self.heads[0][0])))
+        return max(1, CHUNK.get(self.targets.device.type, 2**23) // (len(self.heads) * len(self.heads[0][0])))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
         layers = [
@@ -187,6 +190,14 @@ class _Chunks:
             members = torch.stack([log_probs(head_logits(state[part], *layer)) for state, *layer in layers])
             weights = None if self.weights is None else self.weights[part].T
             yield members, members[0] if self.pool is None else self.pool(members, weights=weights), self.targets[part], weights
+
+
+def _passes(chunks: _Chunks) -> Callable[[], Iterable[tuple[Tensor, Tensor]]]:
+    """What gives the pooled log-probabilities and target ids of all positions, pass by pass: kept after the first one if they fit."""
+    if len(chunks.targets) * len(chunks.heads[0][0]) > KEPT:
+        return lambda: ((pooled, targets) for _, pooled, targets, _ in chunks)
+    kept = [(pooled, targets) for _, pooled, targets, _ in chunks]
+    return lambda: kept
 
 
 def fit_temperature(chunks: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> float:
