@@ -484,6 +484,15 @@ def test_an_ensemble_of_a_grid_is_measured_as_it_is_kept(profile, home):
     assert first == [1, 2]
 
 
+def test_a_cell_is_told_beside_the_reference_by_its_cost_and_by_its_share_of_the_gain():
+    cells = {"cell": ["pool", "distilled", "worse", "cheap"], "nll": [4.0, 4.05, 4.3, 3.9], "member_nll": [4.2, 4.05, 4.4, 4.2]}
+    means = pd.DataFrame(cells | {"flops": [8.0, 12.0, 8.0, 2.0]})
+    found = studies.beside_reference(means, "pool")
+    assert found.relative_flops.tolist() == [1, 1.5, 1, 0.25]
+    assert found.gain.tolist() == pytest.approx([1, 0.75, -0.5, 1.5])
+    assert studies.beside_reference(means, "distilled").gain.isna().all()
+
+
 def test_ensembles_of_a_grid_are_compared_group_by_group(profile, home):
     table = studies.models(profile, "leaderboard")
     found = studies.differences(table, studies.compared(table, "leaderboard", studies.best(table, studies.candidates(table, "leaderboard"))))

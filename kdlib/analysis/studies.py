@@ -153,6 +153,17 @@ def means(table: pd.DataFrame) -> pd.DataFrame:
     return grouped.mean().assign(runs=grouped.size(), seed_standard_error=grouped.nll.sem()).reset_index()
 
 
+def beside_reference(means: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """Means of ensembles with relative_flops, a multiple of the reference's, and gain: the share of the reference pool's gain.
+
+    That gain is what its NLL is below its members' on average; a cell's is what its own NLL is below the same members'. One that
+    distils the pool back tells by it how much is kept. NaN where the reference is no pool.
+    """
+    one = means.set_index("cell").loc[reference]
+    gain = one.member_nll - one.nll
+    return means.assign(relative_flops=means.flops / one.flops, gain=(one.member_nll - means.nll) / gain if gain else np.nan)
+
+
 def best(table: pd.DataFrame, cells: Iterable[str] | None = None) -> str:
     """The cell with the lowest mean NLL on *validation* text, of those named or of all; test text has no say in it.
 
