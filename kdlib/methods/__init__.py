@@ -21,7 +21,7 @@ class Method(BaseModel, ABC):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    seeds: Seeds = Field(description="one member a seed")
+    seeds: Seeds = Field(min_length=1, description="one member a seed")
     student: dict[str, Any] = Field({}, description="what sets all members apart from the profile's student section")
 
     @abstractmethod

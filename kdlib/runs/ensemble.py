@@ -25,7 +25,7 @@ class Parameters(parameters.Parameters):
     method: str = Field("independent", description="how members are formed: a module of kdlib.methods")
     options: dict[str, Any] = Field({}, description="options of the method, such as share of bagging")
     student: parameters.Settings = Field(description="what sets all members apart from the profile's student section")
-    seeds: parameters.Seeds = Field(description="one member a seed")
+    seeds: parameters.Seeds = Field(min_length=1, description="one member a seed")
     members: Annotated[list[Ref], Field(min_length=1)] | None = Field(
         None, description="these runs, in place of method, options, student and seeds"
     )

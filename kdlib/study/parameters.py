@@ -20,7 +20,7 @@ def _differ(seeds: list[int]) -> list[int]:
     return seeds
 
 
-Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(_differ)]
+Seeds = Annotated[list[Seed], AfterValidator(_differ)]
 Adaptation = Literal["frozen", "lora", "full", "scratch"]
 Pool = Literal["probability", "logit"]
 Precision = Literal["auto", "float32", "bfloat16"]
