@@ -113,7 +113,7 @@ def test_the_order_of_members_is_kept_beside_the_results(with_grid):
         ({"members": None}, "members and ensembles together"),
         ({"students": {"one": {}}}, "neither students nor vary"),
         ({"ensembles": {}}, "needs students, parameters to vary, or ensembles"),
-        ({"seeds": [1, 1]}, r"seeds of a grid must be unique, got \[1, 1\]"),
+        ({"seeds": [1, 1]}, r"seeds must be unique, got \[1, 1\]"),
         ({"ensembles": {"a": {"members": 3}}}, "members of a cell must be 1 to 2, those of the grid, got 3 in a"),
         ({"ensembles": {"a": {"seeds": [1]}}}, "must leave seeds to the grid, got it in a"),
     ],

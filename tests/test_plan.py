@@ -205,7 +205,7 @@ def test_a_grid_is_part_of_the_study_once_it_was_asked_for(mine, home):
         ({}, r"grid must be one of .*grids \(none\), got 'losses'"),
         ({"data": {"seeds": [1], "students": {"a": {}}}}, r"grid must be one of .*grids \(data\), got 'losses'"),
         ({"losses": {"seeds": [1], "students": {"a": {"layers": 2}, "b": {"layers": 2}}}}, "must be different, got 'b' and 'a' alike"),
-        ({"losses": {"seeds": [1, 1], "students": {"a": {}}}}, r"seeds of a grid must be unique, got \[1, 1\]"),
+        ({"losses": {"seeds": [1, 1], "students": {"a": {}}}}, r"seeds must be unique, got \[1, 1\]"),
         ({"losses": {"seeds": [1], "students": {"a": {"layer": 2}}}}, "Unknown parameter 'layer'.*Did you mean 'layers'"),
         ({"losses": {"seeds": [1]}}, "a grid needs students, parameters to vary, or ensembles"),
     ],

@@ -59,7 +59,7 @@ def test_an_unknown_profile_is_refused_with_the_known_ones(name):
         ("study", "pools", ["logit"], "pools probability, .*got .*'logit'"),
         ("corpus", "domains", {"speeches": float("inf")}, "corpus.domains.speeches.*finite number"),
         ("student", "warmup", float("nan"), "student.warmup.*finite number"),
-        ("ensemble", "seeds", [1, 2, 1], "ensemble.seeds: seeds must be unique, since a member is a seed, got .1, 2, 1."),
+        ("ensemble", "seeds", [1, 2, 1], "ensemble.seeds: seeds must be unique, got .1, 2, 1."),
     ],
 )
 def test_a_bad_value_in_a_profile_is_named_with_what_was_expected(tmp_path, section, name, value, told):

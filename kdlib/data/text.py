@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
+from kdlib.study.parameters import problems
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -124,13 +126,7 @@ def way(text: str | dict) -> Way:
     try:
         return ways()[name].model_validate(settings or {})
     except ValidationError as error:
-        problems = (f"{'.'.join(map(str, one['loc'])) or name}: {_plain(one)}" for one in error.errors())
-        raise ValueError(f"text {name}: {'; '.join(problems)}") from None
-
-
-def _plain(problem: dict) -> str:
-    found = "" if problem["type"] in ("missing", "value_error") else f", got {problem['input']!r}"
-    return problem["msg"].removeprefix("Value error, ") + found
+        raise ValueError(f"text {name}: {problems(error, whole=name)}") from None
 
 
 def identity(text: str | dict) -> str | dict:

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kdlib.errors import KdlibError
-from kdlib.study.parameters import Seeds
+from kdlib.study.parameters import Seeds, problems
 from kdlib.study.plan import Planner, Step
 
 
@@ -56,12 +56,5 @@ def load(name: str, **options: Any) -> Method:
     try:
         return found.model_validate(options)
     except ValidationError as error:
-        told = "; ".join(f"{'.'.join(map(str, one['loc']))}: {_plain(one)}" for one in error.errors())
         allowed = ", ".join(name for name in found.model_fields if name not in Method.model_fields) or "none"
-        raise KdlibError(f"Options of method {name} must be among {allowed}, got {told}.") from None
-
-
-def _plain(problem: dict) -> str:
-    # Our own validators say what they found.
-    found = "" if problem["type"] == "value_error" else f" (got {problem['input']!r})"
-    return problem["msg"].removeprefix("Value error, ") + found
+        raise KdlibError(f"Options of method {name} must be among {allowed}, got {problems(error)}.") from None

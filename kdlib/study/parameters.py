@@ -6,7 +6,7 @@ Each kind of run has parameters of its own, in its module of :mod:`kdlib.runs`.
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from kdlib.study.schedules import require_between, scheduled
 
@@ -16,7 +16,7 @@ Seed = Annotated[int, Field(ge=0)]
 
 def _differ(seeds: list[int]) -> list[int]:
     if len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds must be unique, since a member is a seed, got {seeds}")
+        raise ValueError(f"seeds must be unique, got {seeds}")
     return seeds
 
 
@@ -26,6 +26,17 @@ Pool = Literal["probability", "logit"]
 Precision = Literal["auto", "float32", "bfloat16"]
 LowPrecision = Literal["none", "optimizer", "optimizer_and_backward"]
 Multipliers = dict[str, Annotated[float, Field(ge=0)]]
+
+
+def problems(error: ValidationError, whole: str = "") -> str:
+    """Each wrong value in words: its place (``whole`` for all of them together), what was expected, and what was found."""
+    return "; ".join(f"{'.'.join(map(str, one['loc'])) or whole}: {_plain(one)}" for one in error.errors())
+
+
+def _plain(problem: dict) -> str:
+    # Our own validators say what they found; where a value is missing, the input is all that it is missing from.
+    found = "" if problem["type"] in ("missing", "value_error") else f", got {problem['input']!r}"
+    return problem["msg"].removeprefix("Value error, ") + found
 
 
 class Parameters(BaseModel):

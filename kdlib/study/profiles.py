@@ -25,7 +25,7 @@ from kdlib.study.parameters import (
     GrowthParameters,
     Parameters,
     Pool,
-    Seed,
+    Seeds,
     TourParameters,
 )
 
@@ -61,7 +61,7 @@ class Grid(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    seeds: list[Seed] = Field(min_length=1, description="one student a cell and seed; of ensembles one a member")
+    seeds: Seeds = Field(min_length=1, description="one student a cell and seed; of ensembles one a member")
     members: PositiveInt | None = Field(
         None, description="cells are ensembles of so many members, formed from the seeds group by group; None: they are students"
     )
@@ -86,8 +86,6 @@ class Grid(BaseModel):
 
     @model_validator(mode="after")
     def _seeds_fill_the_ensembles(self):
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds of a grid must be unique, got {self.seeds}")
         if self.members and len(self.seeds) % self.members:
             raise ValueError(f"seeds of a grid of ensembles must be a multiple of members ({self.members}), got {len(self.seeds)}")
         for name, changes in self.ensembles.items():
